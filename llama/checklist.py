@@ -1,0 +1,56 @@
+"""`checklist.chk`: the MD5 sums that Meta ships with a checkpoint, one "sum  file name" a line (md5sum's format)."""
+
+import hashlib
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llama.errors import CheckpointError
+
+CHUNK = 1 << 22  # bytes hashed between two moves of the progress bar
+
+
+def read_checklist(folder: Path) -> dict[str, str]:
+    """File name → MD5 sum, as `folder`/checklist.chk lists them. Raises CheckpointError where it cannot be read."""
+    path = folder / "checklist.chk"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, so nothing can be verified: download it, or build without verify")
+    sums = {}
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        name = words[-1].removeprefix("*")
+        if len(words) != 2 or len(words[0]) != 32 or Path(name).name != name:
+            raise CheckpointError(f"{path} line {number} is not 'md5  file name': download the file again")
+        sums[name] = words[0].lower()
+    if not sums:
+        raise CheckpointError(f"{path} lists no file: download it again")
+    return sums
+
+
+def verify(folder: Path, *, progress: bool = True) -> int:
+    """Compare every file that the checklist names with its sum; return how many files there were.
+
+    Raises CheckpointError that names every file that is missing or differs.
+    """
+    sums = read_checklist(folder)
+    faults = [f"{name} is missing" for name in sums if not (folder / name).is_file()]
+    present = [name for name in sums if (folder / name).is_file()]
+    total = sum((folder / name).stat().st_size for name in present)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=not progress) as bar:
+        for name in present:
+            if _md5(folder / name, bar) != sums[name]:
+                faults.append(f"{name} differs")
+    if faults:
+        raise CheckpointError(f"{folder} does not match its checklist.chk: {', '.join(faults)}; download again")
+    return len(sums)
+
+
+def _md5(path: Path, bar: tqdm) -> str:
+    digest = hashlib.md5(usedforsecurity=False)  # a guard against torn downloads, as Meta ships it
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()

@@ -1,0 +1,260 @@
+"""A checkpoint folder in Meta's layout → verified weights in a `Transformer`, one tensor at a time."""
+
+import ctypes
+import mmap
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llama import checklist, memory
+from llama.errors import CheckpointError, DeviceError
+from llama.model import ModelArgs, Transformer
+from llama.parallel import choose_dtype, model_parallel_rank, model_parallel_size
+from llama.resharding import plan, possible_sizes, split_axis
+
+# The matrices that are joined while they are read, in the order of their rows.
+JOINED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
+IGNORED = {"rope.freqs"}  # old files carry the RoPE frequencies, which are computed here
+LISTED = 5  # how many names an error lists
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """consolidated.00.pth, consolidated.01.pth, … in order. Raises CheckpointError naming what is missing."""
+    if not folder.exists():
+        raise CheckpointError(f"checkpoint folder {folder} does not exist: check ckpt_dir")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: ckpt_dir is the folder that holds consolidated.00.pth")
+    found = {path.name: path for path in folder.glob("consolidated.*.pth")}
+    if not found:
+        names = sorted(path.name for path in folder.iterdir())
+        listed = f"it holds {_listed(names)}" if names else "it is empty"
+        raise CheckpointError(
+            f"{folder} has no consolidated.*.pth; {listed}: ckpt_dir is the folder of Meta's .pth files"
+        )
+    numbers = {int(m[1]) for name in found if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", name))}
+    wanted = [f"consolidated.{i:02d}.pth" for i in range(max(max(numbers, default=0) + 1, _listed_shards(folder)))]
+    missing = [name for name in wanted if name not in found]
+    strange = sorted(set(found) - set(wanted))
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {_listed(missing)} of its {len(wanted)} shards: download them, all shards are needed"
+        )
+    if strange:
+        raise CheckpointError(f"{folder} holds {_listed(strange)} beside its {len(wanted)} shards: remove them")
+    return [found[name] for name in wanted]
+
+
+def _listed_shards(folder: Path) -> int:
+    """How many shards the checklist names; 0 without one that can be read."""
+    try:
+        names = checklist.read_checklist(folder)
+    except CheckpointError:
+        return 0
+    return sum(name.startswith("consolidated.") for name in names)
+
+
+def open_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of one .pth file, memory-mapped; no code in it is ever run.
+
+    Raises CheckpointError that says what the file is instead.
+    """
+    _check_file(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"(?:Unsupported (?:global|class|operand)|GLOBAL)[: ]+([\w. ]+)", str(error))
+        named = f" ({reason[1].strip()})" if reason else ""
+        raise CheckpointError(
+            f"{path} holds pickled code{named}, not only tensors: refused, it is not Meta's file"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as a PyTorch file ({first}): download it again") from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise CheckpointError(f"{path} does not hold a flat table of named tensors, as Meta's files do")
+    return tensors
+
+
+def _check_file(path: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(64)
+    again = "download it again"
+    if size == 0:
+        raise CheckpointError(f"{path} is empty (0 bytes): {again}")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a git-lfs pointer ({size} bytes), not the weights: run git lfs pull")
+    if head.lstrip().startswith(b"<"):
+        raise CheckpointError(f"{path} is an HTML page ({size} bytes), not weights: the download link failed; {again}")
+    if not head.startswith(b"PK\x03\x04"):
+        if head.startswith(b"\x80"):
+            raise CheckpointError(
+                f"{path} ({size} bytes) is a bare pickle, not the zip format that can be memory-mapped:"
+                " refused unread; if you trust it, save it again with torch.save"
+            )
+        raise CheckpointError(f"{path} ({size} bytes) is not a PyTorch file: it begins with {head[:8]!r}; {again}")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} ends early ({size} bytes, its table of contents is missing): {again}")
+
+
+def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Every parameter's name on disk and its whole shape, before any split."""
+    q, kv = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
+    layer = {
+        "attention.wq": (q, args.dim), "attention.wk": (kv, args.dim), "attention.wv": (kv, args.dim),
+        "attention.wo": (args.dim, q), "feed_forward.w1": (args.hidden_dim, args.dim),
+        "feed_forward.w2": (args.dim, args.hidden_dim), "feed_forward.w3": (args.hidden_dim, args.dim),
+        "attention_norm": (args.dim,), "ffn_norm": (args.dim,),
+    }  # fmt: skip
+    shapes = {"tok_embeddings.weight": (args.vocab_size, args.dim), "norm.weight": (args.dim,),
+              "output.weight": (args.vocab_size, args.dim)}  # fmt: skip
+    for i in range(args.n_layers):
+        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
+def check_tensors(shards: list[dict[str, Tensor]], args: ModelArgs, folder: Path) -> None:
+    """Raise CheckpointError listing what is missing, unexpected, or of a wrong shape or dtype in any shard."""
+    expected = expected_shapes(args)
+    for number, tensors in enumerate(shards):
+        faults = [f"{name} is missing" for name in expected if name not in tensors]
+        faults += [f"{name} is unexpected" for name in tensors if name not in expected and name not in IGNORED]
+        for name, whole in expected.items():
+            if name not in tensors:
+                continue
+            shape, found = _shard_shape(name, whole, len(shards)), tuple(tensors[name].shape)
+            if found != shape:
+                faults.append(f"{name} has shape {found} where params.json and {len(shards)} shards make it {shape}")
+            elif not tensors[name].is_floating_point():
+                faults.append(f"{name} is {tensors[name].dtype}, not a floating-point tensor")
+        if faults:
+            path = folder / f"consolidated.{number:02d}.pth"
+            raise CheckpointError(f"{path} does not fit params.json: {_listed(faults, '; ')}")
+
+
+def _shard_shape(name: str, whole: tuple[int, ...], shards: int) -> tuple[int, ...]:
+    axis = split_axis(name)
+    return tuple(length // shards if i == axis else length for i, length in enumerate(whole))
+
+
+def check_split(args: ModelArgs, shards: int, processes: int) -> None:
+    """Raise DeviceError, with the numbers that would do, unless the model splits over `processes`."""
+    parts = {"heads": args.n_heads, "kv heads": args.kv_heads, "dim": args.dim, "hidden dim": args.hidden_dim,
+             "vocabulary": args.vocab_size}  # fmt: skip
+    for name, length in parts.items():
+        if length % processes:
+            sizes = [str(n) for n in possible_sizes(*parts.values())]
+            start = " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1])))
+            what = f"{length} {name}" if "heads" in name else f"the {name} of {length}"
+            counted = f"{shards} shard{'s' if shards > 1 else ''}"
+            raise DeviceError(f"{counted}, but {what} cannot be split over {processes} processes: start {start}")
+
+
+def fill(model: Transformer, shards: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype) -> None:
+    """Give every parameter of a model on the meta device this rank's slices of the shards, converted on the way."""
+    shapes = expected_shapes(model.params)
+    for name, parameter in list(model.named_parameters()):
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        row = 0
+        for source in sources(name):
+            for target, part in _parts(source, shapes[source], shards):
+                rows = slice(row + target[0].start, row + target[0].stop)
+                weight[(rows, *target[1:])].copy_(part)
+                _release(part)
+            row += _local_rows(source, shapes[source])
+        assert row == weight.shape[0]
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+
+
+def sources(name: str) -> list[str]:
+    """The names on disk that a parameter of the model is joined from, in the order of its rows."""
+    for joined, parts in JOINED.items():
+        if f".{joined}." in name:
+            return [name.replace(joined, part) for part in parts]
+    return [name]
+
+
+def _local_rows(name: str, whole: tuple[int, ...]) -> int:
+    return whole[0] // model_parallel_size() if split_axis(name) == 0 else whole[0]
+
+
+def _parts(
+    name: str, whole: tuple[int, ...], shards: list[dict[str, Tensor]]
+) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """(Where to, what) for each piece of a parameter that this rank holds."""
+    axis = split_axis(name)
+    everything = [slice(0, length) for length in whole]
+    if axis is None:
+        yield tuple(everything), shards[0][name]
+        return
+    mp, rank = model_parallel_size(), model_parallel_rank()
+    everything[axis] = slice(0, whole[axis] // mp)
+    for piece in plan(whole[axis], len(shards), mp, rank):
+        target = list(everything)
+        target[axis] = slice(piece.offset, piece.offset + piece.stop - piece.start)
+        yield tuple(target), shards[piece.shard][name].narrow(axis, piece.start, piece.stop - piece.start)
+
+
+def _release(part: Tensor) -> None:
+    """Let go of the mapped pages that a tensor was read from, so that they do not count as this process's memory."""
+    if sys.platform != "linux":
+        return
+    page = mmap.PAGESIZE
+    first = part.untyped_storage().data_ptr()
+    begin, end = -(-first // page) * page, (first + part.untyped_storage().nbytes()) // page * page
+    if end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def stored_dtype(shards: list[dict[str, Tensor]]) -> torch.dtype:
+    """The dtype of the checkpoint: that of its embedding table."""
+    return shards[0]["tok_embeddings.weight"].dtype
+
+
+def _listed(names: list[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return separator.join(names[:LISTED]) + more
+
+
+def open_shards(folder: Path) -> list[dict[str, Tensor]]:
+    """The tensors of every shard of a checkpoint folder, memory-mapped, in order."""
+    return [open_shard(path) for path in find_shards(folder)]
+
+
+def vocabulary(shards: list[dict[str, Tensor]], folder: Path) -> int:
+    """How many tokens the weights know: the rows of the embedding table."""
+    table = shards[0].get("tok_embeddings.weight")
+    if table is None or table.dim() != 2:
+        raise CheckpointError(
+            f"{folder / 'consolidated.00.pth'} has no tok_embeddings.weight: it is not a Llama-2 model"
+        )
+    return table.shape[0]
+
+
+def load(
+    folder: Path, shards: list[dict[str, Tensor]], args: ModelArgs, device: torch.device, dtype: torch.dtype | None,
+    max_step_tokens: int,
+) -> Transformer:  # fmt: skip
+    """This rank's part of the model, in `dtype` (None: see `choose_dtype`), after all that can be checked first.
+
+    Raises CheckpointError where tensors do not fit `args`, DeviceError where the processes or the free memory
+    do not allow it (the room for `args.max_batch_size` sequences of `args.max_seq_len` included).
+    """
+    check_tensors(shards, args, folder)
+    mp = model_parallel_size()
+    check_split(args, len(shards), mp)
+    dtype = dtype or choose_dtype(stored_dtype(shards), device)
+    needed = memory.need(args, dtype, mp, max_step_tokens)
+    memory.check_fits(needed, memory.free_bytes(device), args.max_seq_len, args.max_batch_size, device)
+    model = Transformer(args)
+    fill(model, shards, device, dtype)
+    return model.eval()

@@ -1,0 +1,220 @@
+"""The loop: plan → `Step` → model → sample → tokens to their requests."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from llama.errors import NumericalError, ParameterError, PromptError
+from llama.model import Transformer
+from llama.request import Completion, FinishReason, Request
+from llama.sampling import adjust, noise_key, sample, top_logprobs, uniform
+from llama.scheduler import Chunk, Scheduler, Sequence
+from llama.step import Step
+
+Observer = Callable[[Request], None]  # called after each token of a request, and when it ends
+
+
+class Engine:
+    """Runs any number of requests through `slots` slots of one KV cache, each step packing what can run.
+
+    A step has at most `max_step_tokens` tokens: long prompts are prefilled in chunks of what decoding leaves of it.
+    """
+
+    def __init__(self, model: Transformer, slots: int, max_seq_len: int, max_step_tokens: int) -> None:
+        self.model = model
+        self.max_seq_len = max_seq_len
+        self.scheduler = Scheduler(slots, max(max_step_tokens, slots))
+        self.cache = model.new_cache(slots, max_seq_len)
+        self.computed_tokens = 0  # by all steps so far; tokens that came from a shared prefix are not in it
+        self._sequences: dict[Request, Sequence] = {}
+        self._observers: dict[Request, Observer] = {}
+        self._noise: dict[Request, bytes] = {}
+
+    @property
+    def idle(self) -> bool:
+        return not self._sequences
+
+    def add(self, request: Request, observer: Observer | None = None) -> None:
+        """Queue a request. Raises PromptError or ParameterError, and queues nothing, where it can never run."""
+        self._check(request)
+        request.added = time.perf_counter()
+        sequence = Sequence(request, list(request.prompt), reusable=not request.prompt_logprobs)
+        self._sequences[request] = sequence
+        self._noise[request] = noise_key(request.seed, request.prompt)
+        if observer:
+            self._observers[request] = observer
+        self.scheduler.add(sequence)
+
+    def _check(self, request: Request) -> None:
+        length, name, vocab = len(request.prompt), request.name, self.model.params.vocab_size
+        if not length:
+            raise PromptError(f"{name} has no tokens: begin it with the tokenizer's bos_id")
+        wrong = next((t for t in request.prompt if not (isinstance(t, int) and 0 <= t < vocab)), None)
+        if wrong is not None:
+            raise PromptError(f"{name} has token {wrong!r}: expected ids from 0 to {vocab - 1}")
+        room = self.max_seq_len - length
+        if room < 0 or (room == 0 and request.params.max_gen_len != 0):
+            raise PromptError(
+                f"{name} has {length} tokens, which leaves no room to generate within max_seq_len={self.max_seq_len}:"
+                " shorten it, or build with a larger max_seq_len"
+            )
+        params = request.params
+        listed = {*params.logit_bias, *params.stop_token_ids, *(t for word in params.bad_words for t in word)}
+        if listed and max(listed) >= vocab:
+            raise ParameterError(f"{name}: token {max(listed)} in its parameters; expected ids from 0 to {vocab - 1}")
+
+    def finish(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
+        """End a request now and free its slot; one that has ended already stays as it is."""
+        sequence = self._sequences.pop(request, None)
+        if sequence is None:
+            return
+        self.scheduler.remove(sequence)
+        self._noise.pop(request)
+        request.finish_reason, request.error, request.finished = reason, error, time.perf_counter()
+        if observer := self._observers.pop(request, None):
+            observer(request)
+
+    def __iter__(self) -> Iterator[Completion]:
+        """Run until nothing is left, yielding each completion when it is finished."""
+        while not self.idle:
+            for request in self.step():
+                if request.finish_reason:
+                    yield completion(request)
+
+    def step(self) -> list[Request]:
+        """Compute one packed step; return the requests that got a token or ended."""
+        chunks = self.scheduler.plan()
+        copies = self.scheduler.copies
+        while copies:
+            self.cache.copy_prefix(copies[0].source, copies[0].target, copies[0].length)
+            copies.popleft()
+        if not chunks:
+            return []
+        wanted = [_wanted_rows(chunk) for chunk in chunks]
+        logits = self.model(_pack(chunks, wanted, self.model.device), self.cache)
+        self.scheduler.commit(chunks)
+        self.computed_tokens += sum(chunk.stop - chunk.start for chunk in chunks)
+        return self._give(chunks, wanted, logits)
+
+    def _give(self, chunks: list[Chunk], wanted: list[range], logits: Tensor) -> list[Request]:
+        """Hand the rows of logits to their requests: scores of prompt tokens, then the next tokens."""
+        finite = logits.sum(-1).isfinite().tolist()
+        progressed, deciding, rows, first = [], [], [], 0
+        for chunk, positions in zip(chunks, wanted, strict=True):
+            own = range(first, first + len(positions))
+            first = own.stop
+            request = chunk.sequence.request
+            if not all(finite[row] for row in own):
+                self.finish(request, "error", NumericalError(_not_finite(request)))
+                progressed.append(request)
+                continue
+            if request.prompt_logprobs:
+                _score(request, positions, logits[own.start : own.stop])
+            if not chunk.reaches_end:
+                continue
+            progressed.append(request)
+            if request.params.max_gen_len == 0:
+                self.finish(request, "length")
+            else:
+                deciding.append(chunk.sequence)
+                rows.append(own[-1])
+        if deciding:
+            self._decide(deciding, logits if len(rows) == len(logits) else logits[rows])
+        return progressed
+
+    def _decide(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Choose the next token of each sequence from its row of logits (R, V)."""
+        requests = [sequence.request for sequence in sequences]
+        chosen = _choose(requests, [self._noise[request] for request in requests], logits)
+        for row, (sequence, token) in enumerate(zip(sequences, chosen, strict=True)):
+            request = sequence.request
+            if request.first_token is None:
+                request.first_token = time.perf_counter()
+            if token in request.stop_tokens:
+                self.finish(request, "stop")
+                continue
+            sequence.tokens.append(token)
+            request.tokens.append(token)
+            if request.params.logprobs or request.params.top_logprobs:
+                logprobs = torch.log_softmax(logits[row], dim=-1)
+                request.logprobs.append(logprobs[token].item())
+                if request.params.top_logprobs:
+                    request.top_logprobs += top_logprobs(logprobs[None], request.params.top_logprobs)
+            if len(request.tokens) == request.params.max_gen_len or len(sequence.tokens) == self.max_seq_len:
+                self.finish(request, "length")
+            elif observer := self._observers.get(request):
+                observer(request)
+
+
+def _wanted_rows(chunk: Chunk) -> range:
+    """The positions of a chunk whose logits are needed: all of a scored prompt's, else the last if it decides."""
+    if chunk.sequence.request.prompt_logprobs:
+        return range(chunk.start, chunk.stop)
+    return range(chunk.stop - 1, chunk.stop) if chunk.reaches_end else range(0)
+
+
+def _pack(chunks: list[Chunk], wanted: list[range], device: torch.device) -> Step:
+    rows, first = [], 0
+    for chunk, positions in zip(chunks, wanted, strict=True):
+        rows += [first + position - chunk.start for position in positions]
+        first += chunk.stop - chunk.start
+    parts = ((c.sequence.slot, c.start, c.sequence.tokens[c.start : c.stop]) for c in chunks)
+    return Step.pack(parts, rows, device)
+
+
+def _choose(requests: list[Request], keys: list[bytes], logits: Tensor) -> list[int]:
+    changed = [row for row, request in enumerate(requests) if not request.params.plain]
+    if changed:
+        logits = logits.clone()
+        for row in changed:
+            request = requests[row]
+            logits[row] = adjust(logits[row], request.params, request.prompt, request.tokens, request.stop_tokens)
+    if all(request.params.temperature == 0 for request in requests):
+        return logits.argmax(-1).tolist()
+    columns = [
+        (r.params.temperature, r.params.top_p, r.params.min_p, uniform(key, len(r.prompt) + len(r.tokens)))
+        for r, key in zip(requests, keys, strict=True)
+    ]
+    temperature, top_p, min_p, noise = torch.tensor(columns, device=logits.device).unbind(1)
+    top_k = torch.tensor([r.params.top_k for r in requests], device=logits.device)
+    return sample(logits, temperature, top_p, top_k, min_p, noise).tolist()
+
+
+def _score(request: Request, positions: range, logits: Tensor) -> None:
+    """Note log p(prompt token t | before t) for the tokens after `positions`, from their rows of logits."""
+    if not request.scores:
+        request.scores.append(None)
+        request.top_scores.append(None)
+    targets = request.prompt[positions.start + 1 : positions.stop + 1]
+    if not targets:
+        return
+    logprobs = torch.log_softmax(logits[: len(targets)], dim=-1)
+    ids = torch.tensor(targets, device=logits.device)
+    request.scores += logprobs.gather(1, ids[:, None])[:, 0].tolist()
+    if request.params.top_logprobs:
+        request.top_scores += top_logprobs(logprobs, request.params.top_logprobs)
+
+
+def _not_finite(request: Request) -> str:
+    return (
+        f"the model gave NaN or infinite logits for {request.name}: the weights are damaged (verify them against their"
+        " checklist), or overflow in this dtype (try float32)"
+    )
+
+
+def completion(request: Request) -> Completion:
+    """The result of a request that has ended."""
+    assert request.finish_reason and request.finished is not None
+    return Completion(
+        request=request,
+        tokens=request.tokens,
+        logprobs=request.logprobs if request.params.logprobs else None,
+        finish_reason=request.finish_reason,
+        seed=request.seed,
+        prompt_tokens=len(request.prompt),
+        completion_tokens=len(request.tokens),
+        time_to_first_token=None if request.first_token is None else request.first_token - request.added,
+        time=request.finished - request.added,
+    )

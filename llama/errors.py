@@ -1,0 +1,29 @@
+"""What a user can cause and can mend: each message says what was found, what was expected and what to do."""
+
+
+class LlamaError(ValueError):
+    """The base of every error that is the caller's to mend; commands print its message and exit with code 2."""
+
+
+class CheckpointError(LlamaError):
+    """The checkpoint folder, its params.json or its weights are not what a Llama-2 checkpoint is."""
+
+
+class TokenizerError(LlamaError):
+    """The tokenizer file is missing, of another kind, or of another vocabulary than the weights."""
+
+
+class PromptError(LlamaError):
+    """A prompt or dialog cannot be run as it stands."""
+
+
+class ParameterError(LlamaError):
+    """A parameter is out of its range, or contradicts another."""
+
+
+class DeviceError(LlamaError):
+    """The device, the number of processes or the free memory does not allow what was asked for."""
+
+
+class NumericalError(LlamaError):
+    """The model gave NaN or infinite logits."""

@@ -1,0 +1,363 @@
+"""`Llama`: a checkpoint and a tokenizer in, text out. Composition only: each part lives in a file of its own."""
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from typing_extensions import Unpack
+
+from llama import checkpoint, parallel
+from llama.chat import REFUSAL, ChatPrompt, Dialog, Message, check_dialog, format_dialog, has_special_tags
+from llama.checklist import verify as verify_checklist
+from llama.engine import Engine
+from llama.errors import CheckpointError, ParameterError, PromptError, TokenizerError
+from llama.model import Transformer
+from llama.output import ChatPrediction, CompletionPrediction, Output, Score, refused
+from llama.params_file import read_params
+from llama.request import Request, SamplingParams
+from llama.sampling import derive_seed
+from llama.tokenizer import Tokenizer
+
+STEP_TOKENS = {"cpu": 512}  # the most tokens of one step, by device: more gains a CPU nothing
+STEP_TOKENS_ELSEWHERE = 2048
+LLAMA_2_VOCABULARY = 32000
+
+
+class MoreSampling(TypedDict, total=False):
+    """The fields of `SamplingParams` beside those that Meta's runner has as positional parameters."""
+
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    min_gen_len: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    bad_words: Sequence[Sequence[int]]
+    logit_bias: dict[int, float]
+    seed: int | None
+    n: int
+    num_beams: int
+    length_penalty: float
+    top_logprobs: int
+
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class Llama:
+    """A model with its tokenizer, ready to complete text and dialogs."""
+
+    @staticmethod
+    def build(
+        ckpt_dir: str,
+        tokenizer_path: str,
+        max_seq_len: int,
+        max_batch_size: int,
+        model_parallel_size: int | None = None,
+        seed: int | None = 1,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        verify: bool = False,
+        max_step_tokens: int | None = None,
+    ) -> "Llama":
+        """Load a checkpoint in Meta's layout; says what was chosen in one line on stderr.
+
+        `max_seq_len` is the most tokens of one sequence, prompt and completion; `max_batch_size` how many sequences
+        are held at once (more may be asked for). `seed` None takes fresh entropy. Raises a subclass of LlamaError.
+        """
+        started = time.perf_counter()
+        for name, value in (
+            ("max_seq_len", max_seq_len),
+            ("max_batch_size", max_batch_size),
+            ("max_step_tokens", max_step_tokens),
+        ):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ParameterError(f"{name}={value!r} is out of range: expected an integer, 1 or more")
+        chosen, wanted_dtype = parallel.choose_device(device), parallel.parse_dtype(dtype)
+        parallel.initialize(chosen, model_parallel_size)
+        folder = Path(ckpt_dir)
+        paths = checkpoint.find_shards(folder)
+        args, ignored = read_params(folder)
+        if verify:
+            verify_checklist(folder, progress=parallel.rank() == 0)
+        tokenizer = Tokenizer(tokenizer_path)
+        shards = [checkpoint.open_shard(path) for path in paths]
+        args.vocab_size = _check_vocabulary(args.vocab_size, checkpoint.vocabulary(shards, folder), tokenizer)
+        args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
+        step_tokens = max_step_tokens or STEP_TOKENS.get(chosen.type, STEP_TOKENS_ELSEWHERE)
+        model = checkpoint.load(folder, shards, args, chosen, wanted_dtype, step_tokens)
+        if ignored:
+            parallel.say(f"llama: ignored in params.json: {', '.join(ignored)}")
+        llama = Llama(model, tokenizer, seed=seed, max_step_tokens=step_tokens)
+        mp, world = parallel.model_parallel_size(), parallel.world_size()
+        split = f"split over {mp} processes" if mp > 1 else "1 process"
+        parallel.say(
+            f"llama: {folder}, {str(model.dtype).removeprefix('torch.')} on {chosen}, {split}"
+            f"{f' × {world // mp} replicas' if world > mp else ''}, max_seq_len={max_seq_len},"
+            f" max_batch_size={max_batch_size}, seed={llama.seed}, loaded in {time.perf_counter() - started:.2f} s"
+        )
+        return llama
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        seed: int | None = 1,
+        max_step_tokens: int = STEP_TOKENS_ELSEWHERE,
+    ) -> None:
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**64):
+            raise ParameterError(f"seed={seed!r} is out of range: expected an integer from 0 to 2**64 - 1, or None")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.seed = parallel.agree(secrets.randbits(63)) if seed is None else seed
+        self.engine = Engine(model, model.params.max_batch_size, model.params.max_seq_len, max_step_tokens)
+        self._requests_made = 0
+
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        params: Params = None,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """The tokens of each prompt's completion, and their log-probabilities or None; with `echo` the prompt's first.
+
+        Each row ends before its end token, after `max_gen_len` new tokens, or at max_seq_len in all. An echoed
+        prompt's first token, which nothing precedes, has log-probability 0.0. With n > 1 a prompt has n rows.
+        """
+        every = self._params(len(prompt_tokens), params, temperature, top_p, max_gen_len, logprobs, {})
+        outputs = self._queue([list(prompt) for prompt in prompt_tokens], every, "prompt", echo=echo)
+        self._finish(outputs, None)
+        kept = [output.kept()[0] for output in outputs]
+        if not any(p.logprobs for p in every):
+            return kept, None
+        return kept, [output.logprobs()[: len(row)] for output, row in zip(outputs, kept, strict=True)]
+
+    def text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        params: Params = None,
+        on_text: Callable[[int, str], None] | None = None,
+        **more: Unpack[MoreSampling],
+    ) -> list[CompletionPrediction]:
+        """Complete each prompt. `on_text(prompt index, text)` is called as text is decided (of the first sample).
+
+        Raises PromptError, naming the prompt, before anything is run; NumericalError after the others have ended.
+        """
+        tokens = self._encode(prompts)
+        every = self._params(len(tokens), params, temperature, top_p, max_gen_len, logprobs, more)
+        outputs = self._queue(tokens, every, "prompt", echo=echo)
+        self._finish(outputs, on_text)
+        return [_prediction(own, lambda text: text) for own in _by_prompt(outputs)]
+
+    def chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        *,
+        params: Params = None,
+        on_text: Callable[[int, str], None] | None = None,
+        allow_special_tags: bool = False,
+        **more: Unpack[MoreSampling],
+    ) -> list[ChatPrediction]:
+        """The assistant's answer to each dialog. A dialog with special tags is refused: answered so, and not run."""
+        every = self._params(len(dialogs), params, temperature, top_p, max_gen_len, logprobs, more)
+        prompts = self._chat_prompts(dialogs, allow_special_tags)
+        outputs = self._queue([prompt and prompt.tokens for prompt in prompts], every, "dialog")
+        self._finish(outputs, on_text)
+        answered = iter(_by_prompt(outputs))
+        return [
+            refused(own) if prompt is None else _prediction(next(answered), _assistant)
+            for prompt, own in zip(prompts, every, strict=True)
+        ]
+
+    def stream_text(
+        self, prompt: str, temperature: float = 0.6, top_p: float = 0.9, max_gen_len: int | None = None,
+        *, params: SamplingParams | None = None, **more: Unpack[MoreSampling],
+    ) -> Iterator[str]:  # fmt: skip
+        """The completion of one prompt, piece by piece as text is decided. Closing the iterator ends the request."""
+        tokens = self._encode([prompt])
+        every = self._params(1, params, temperature, top_p, max_gen_len, False, more)
+        return self._stream(self._queue(tokens, every, "prompt"))
+
+    def stream_chat(
+        self, dialog: Dialog, temperature: float = 0.6, top_p: float = 0.9, max_gen_len: int | None = None,
+        *, params: SamplingParams | None = None, allow_special_tags: bool = False, **more: Unpack[MoreSampling],
+    ) -> Iterator[str]:  # fmt: skip
+        """The answer to one dialog, piece by piece as text is decided. Closing the iterator ends the request."""
+        every = self._params(1, params, temperature, top_p, max_gen_len, False, more)
+        prompt = self._chat_prompts([dialog], allow_special_tags)[0]
+        return iter([REFUSAL]) if prompt is None else self._stream(self._queue([prompt.tokens], every, "dialog"))
+
+    def score(self, texts: Sequence[str], *, top_logprobs: int = 0) -> list[Score]:
+        """The log-probability of every token of each text, without generating, in memory that does not grow with it."""
+        params = SamplingParams(temperature=0, max_gen_len=0, top_logprobs=top_logprobs)
+        tokens = self._encode(texts)
+        outputs = self._queue(tokens, [params] * len(tokens), "text", score=True)
+        self._finish(outputs, None)
+        return [output.score() for output in outputs]
+
+    def format_dialog(self, dialog: Dialog) -> ChatPrompt:
+        """The exact prompt that `chat_completion` would run for a dialog."""
+        check_dialog(dialog, 0)
+        return format_dialog(dialog, self.tokenizer)
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise PromptError("prompts is one string: give a list of prompts")
+        for index, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise PromptError(f"prompt {index} is {type(prompt).__name__}, not a string: {prompt!r:.60}")
+        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+
+    def _chat_prompts(self, dialogs: Sequence[Dialog], allow_special_tags: bool) -> list[ChatPrompt | None]:
+        """The prompt of each dialog; None for one to refuse."""
+        for index, dialog in enumerate(dialogs):
+            check_dialog(dialog, index)
+        return [
+            None if has_special_tags(dialog) and not allow_special_tags else format_dialog(dialog, self.tokenizer)
+            for dialog in dialogs
+        ]
+
+    def _params(
+        self, count: int, params: Params, temperature: float, top_p: float, max_gen_len: int | None, logprobs: bool,
+        more: MoreSampling,
+    ) -> list[SamplingParams]:  # fmt: skip
+        """One SamplingParams a prompt, from `params=` or from the keywords."""
+        if params is None:
+            one = SamplingParams(
+                temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, logprobs=logprobs, **more
+            )
+            return [one] * count
+        if (temperature, top_p, max_gen_len, logprobs) != (0.6, 0.9, None, False) or more:
+            raise ParameterError("params= and sampling keywords were both given: put them all into params")
+        every = [params] * count if isinstance(params, SamplingParams) else list(params)
+        if len(every) != count or not all(isinstance(p, SamplingParams) for p in every):
+            raise ParameterError(
+                f"params= has {len(every)} entries for {count} prompts: give one SamplingParams for each"
+            )
+        return every
+
+    def _queue(
+        self, prompts: Sequence[list[int] | None], every: list[SamplingParams], kind: str,
+        *, echo: bool = False, score: bool = False,
+    ) -> list[Output]:  # fmt: skip
+        """Give every prompt that is not None to the engine, n times each; errors call it `kind` and its index."""
+        fresh: deque[Output] = deque()
+        outputs: list[Output] = []
+        stops = self.tokenizer.eos_id
+        try:
+            for index, (prompt, params) in enumerate(zip(prompts, every, strict=True)):
+                if prompt is None:
+                    continue
+                seed = self._next_seed() if params.seed is None else params.seed
+                for sample in range(params.n):
+                    request = Request(
+                        prompt, params, derive_seed(seed, sample) if sample else seed,
+                        stop_tokens=frozenset((stops, *params.stop_token_ids)),
+                        prompt_logprobs=score or (echo and (params.logprobs or params.top_logprobs > 0)),
+                        name=f"{kind} {index}",
+                    )  # fmt: skip
+                    outputs.append(Output(self.engine, self.tokenizer, request, index, echo, fresh))
+                    self.engine.add(request, outputs[-1].observe)
+        except BaseException:
+            self._cancel(outputs)
+            raise
+        return outputs
+
+    def _next_seed(self) -> int:
+        self._requests_made += 1
+        return derive_seed(self.seed, self._requests_made)
+
+    def _run(self, outputs: list[Output]) -> Iterator[Output]:
+        """Step the engine until all outputs have ended, yielding each as it changes; whatever happens, none stays."""
+        unfinished = set(outputs)
+        try:
+            while unfinished:
+                fresh = outputs[0].fresh
+                while fresh:
+                    output = fresh.popleft()
+                    if output.request.finish_reason:
+                        unfinished.discard(output)
+                    yield output
+                if unfinished:
+                    self.engine.step()
+        finally:
+            self._cancel(outputs)
+
+    def _cancel(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            self.engine.finish(output.request, "cancelled")
+
+    def _finish(self, outputs: list[Output], on_text: Callable[[int, str], None] | None) -> None:
+        """Run outputs to their end, then raise the first error that any met."""
+        first_of = {output.index: output for output in reversed(outputs)}
+        for output in self._run(outputs):
+            if on_text and first_of[output.index] is output and (text := output.take()):
+                on_text(output.index, text)
+        _raise_first(outputs)
+
+    def _stream(self, outputs: list[Output]) -> Iterator[str]:
+        """The first output's text as it is decided."""
+        for output in self._run(outputs):
+            if output is outputs[0] and (text := output.take()):
+                yield text
+        _raise_first(outputs)
+
+
+def _raise_first(outputs: list[Output]) -> None:
+    for output in outputs:
+        if output.request.error:
+            raise output.request.error
+
+
+def _by_prompt(outputs: list[Output]) -> list[list[Output]]:
+    return [list(group) for _, group in groupby(outputs, key=lambda output: output.index)]
+
+
+def _prediction(samples: list[Output], generation: Callable[[str], Any]) -> Any:
+    """The dict of one prompt; with several samples it is that of the first, and `samples` has them all."""
+    dicts = [{"generation": generation(output.text), **output.result()} for output in samples]
+    return {**dicts[0], "samples": dicts} if len(dicts) > 1 else dicts[0]
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _check_vocabulary(declared: int, weights: int, tokenizer: Tokenizer) -> int:
+    """The vocabulary size, on which params.json (−1: not said), the weights and the tokenizer must agree."""
+    found = tokenizer.n_words
+    if weights == found and declared in (-1, found):
+        return found
+    said = "nothing" if declared == -1 else str(declared)
+    facts = (
+        f"the weights have {weights} tokens, the tokenizer {tokenizer.model_path} has {found}, params.json says {said}"
+    )
+    if declared == weights or (declared == -1 and weights == LLAMA_2_VOCABULARY):
+        raise TokenizerError(f"{facts}: the tokenizer looks wrong; use the one that came with these weights")
+    if declared == found or (declared == -1 and found == LLAMA_2_VOCABULARY):
+        raise CheckpointError(f"{facts}: the weights look wrong; use those that belong to this tokenizer")
+    raise TokenizerError(f"{facts}: they do not belong together, and the tokenizer looks wrong; use the weights' own")

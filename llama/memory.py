@@ -1,0 +1,77 @@
+"""What a run needs and what a device has free, in bytes, before anything is allocated."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from llama.errors import DeviceError
+from llama.model import ModelArgs
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes of one process on its device."""
+
+    weights: int
+    cache_per_token: int
+    workspace: int
+
+
+def need(args: ModelArgs, dtype: torch.dtype, mp: int, max_step_tokens: int) -> Need:
+    """What one of `mp` processes needs for the weights, one cached token, and a step of `max_step_tokens`."""
+    split = 2 * args.vocab_size * args.dim + args.n_layers * (
+        2 * args.dim * (args.n_heads + args.kv_heads) * args.head_dim + 3 * args.dim * args.hidden_dim
+    )
+    weights = (split // mp + (2 * args.n_layers + 1) * args.dim) * dtype.itemsize
+    cache = 2 * args.n_layers * (args.kv_heads // mp) * args.head_dim * dtype.itemsize
+    activations = max_step_tokens * (8 * args.dim + 3 * args.hidden_dim // mp) * 4
+    logits = 3 * max_step_tokens * args.vocab_size * 4
+    return Need(weights, cache, activations + logits)
+
+
+def free_bytes(device: torch.device) -> int:
+    """The memory that this process can still take: on a CPU its share among this machine's processes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    free = min(psutil.virtual_memory().available, _cgroup_free())
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _cgroup_free() -> int:
+    """What a container's limit (cgroup v2) leaves; without one, no limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return 1 << 62
+    return 1 << 62 if limit == "max" else int(limit) - used
+
+
+def check_fits(needed: Need, free: int, max_seq_len: int, max_batch_size: int, device: torch.device) -> None:
+    """Raise DeviceError, with the largest sizes that fit, unless weights, cache and workspace fit into `free`."""
+    tokens = max_seq_len * max_batch_size
+    cache = tokens * needed.cache_per_token
+    if needed.weights + cache + needed.workspace <= free:
+        return
+    found = (
+        f"not enough memory on {device}: weights {gigabytes(needed.weights)} + KV cache {gigabytes(cache)}"
+        f" + workspace {gigabytes(needed.workspace)}, but {gigabytes(free)} is free"
+    )
+    room = (free - needed.weights - needed.workspace) // needed.cache_per_token
+    if room < 1:
+        raise DeviceError(f"{found}: the weights alone leave no room; run on more processes or a larger device")
+    fits = [f"max_seq_len × max_batch_size up to {room} fits"]
+    if room >= max_seq_len:
+        fits.append(f"max_batch_size={room // max_seq_len} at max_seq_len={max_seq_len}")
+    if room >= max_batch_size:
+        fits.append(f"max_seq_len={room // max_batch_size} at max_batch_size={max_batch_size}")
+    raise DeviceError(f"{found}: {fits[0]}, such as {' or '.join(fits[1:])}" if fits[1:] else f"{found}: {fits[0]}")
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

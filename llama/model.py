@@ -1,0 +1,209 @@
+"""The Llama-2 architecture on one page; modules are named as Meta's checkpoints name them.
+
+wq|wk|wv and w1|w3 are joined into one matrix each (`wqkv`, `w13`): they read the same input.
+Letters in shapes: N tokens of a step, H heads, K kv heads, D head_dim, R rows with logits.
+Source: "Llama 2: Open Foundation and Fine-Tuned Chat Models", https://arxiv.org/abs/2307.09288.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from llama.attention import SpanMask, attention, span_masks
+from llama.kv_cache import KVCache
+from llama.parallel import model_parallel_size
+from llama.step import Step
+
+
+@dataclass
+class ModelArgs:
+    """What params.json says, by its own names, and the room for sequences."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # −1: the tokenizer's
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Of the feed-forward: two thirds of 4 · dim, scaled, rounded up to a multiple of `multiple_of`."""
+        hidden = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * -(-hidden // self.multiple_of)
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + eps) · weight, in float32 up to the weight (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, device="meta"), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return wide.type_as(x) * self.weight
+
+
+def rope_table(head_dim: int, positions: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (positions, D) in float32 for interleaved RoPE (https://arxiv.org/abs/2104.09864).
+
+    Pair i of a head turns by position · theta^(−2i/D); both places of a pair hold its cosine, and −sin, +sin.
+    """
+    freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    angles = torch.outer(torch.arange(positions).float(), freqs)
+    cos = angles.cos().repeat_interleave(2, dim=-1)
+    sin = torch.stack((-angles.sin(), angles.sin()), dim=-1).flatten(-2)
+    return cos.to(device), sin.to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn heads x (N, H, D) by the angles of their positions, cos and sin (N, 1, D), in float32."""
+    wide = x.float()
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide * cos, swapped, sin).type_as(x)
+
+
+def on_meta(layer: nn.Module, rows: int, columns: int) -> nn.Module:
+    """Give a fairscale layer made for size (mp, mp) its real local weight (rows, columns), on the meta device.
+
+    fairscale's constructors allocate and fill float32 host memory, so a layer is made tiny first.
+    """
+    layer.weight = nn.Parameter(torch.empty(rows, columns, device="meta"), requires_grad=False)
+    return layer
+
+
+def column_parallel(inputs: int, outputs: int, *, gather: bool = False) -> ColumnParallelLinear:
+    mp = model_parallel_size()
+    layer = ColumnParallelLinear(mp, mp, bias=False, gather_output=gather, init_method=lambda weight: weight)
+    layer.in_features, layer.out_features, layer.output_size_per_partition = inputs, outputs, outputs // mp
+    return on_meta(layer, outputs // mp, inputs)
+
+
+def row_parallel(inputs: int, outputs: int) -> RowParallelLinear:
+    mp = model_parallel_size()
+    layer = RowParallelLinear(mp, mp, bias=False, input_is_parallel=True, init_method=lambda weight: weight)
+    layer.in_features, layer.out_features, layer.input_size_per_partition = inputs, outputs, inputs // mp
+    return on_meta(layer, outputs, inputs // mp)
+
+
+def parallel_embedding(vocab_size: int, dim: int) -> ParallelEmbedding:
+    mp = model_parallel_size()
+    layer = ParallelEmbedding(mp, mp, init_method=lambda weight: weight)
+    layer.num_embeddings, layer.embedding_dim, layer.embedding_dim_per_partition = vocab_size, dim, dim // mp
+    return on_meta(layer, vocab_size, dim // mp)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; this rank holds H / mp query heads and K / mp kv heads."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        mp = model_parallel_size()
+        self.layer = layer
+        self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads // mp, args.kv_heads // mp, args.head_dim
+        self.wqkv = column_parallel(args.dim, (args.n_heads + 2 * args.kv_heads) * args.head_dim)
+        self.wo = row_parallel(args.n_heads * args.head_dim, args.dim)
+
+    def forward(self, x: Tensor, inputs: "LayerInputs") -> Tensor:
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2K, D)
+        turned = rotate(heads[:, : -self.n_kv_heads], inputs.cos, inputs.sin)
+        q, k = turned.split((self.n_heads, self.n_kv_heads), dim=1)
+        inputs.cache.write(self.layer, inputs.rows, k, heads[:, -self.n_kv_heads :])
+        return self.wo(attention(q, inputs.cache, self.layer, inputs.masks).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x) (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w13 = column_parallel(args.dim, 2 * args.hidden_dim)
+        self.w2 = row_parallel(args.hidden_dim, args.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(silu(gate) * up)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(args, layer)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, inputs: "LayerInputs") -> Tensor:
+        x = x + self.attention(self.attention_norm(x), inputs)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What every layer of one step needs beside its input: made once a step."""
+
+    cache: KVCache
+    rows: Tensor  # (N,) token rows of the cache to write to
+    cos: Tensor  # (N, 1, D) float32
+    sin: Tensor  # (N, 1, D) float32
+    masks: list[SpanMask]
+
+
+class Transformer(nn.Module):
+    """The model of one rank. It is built without memory, on the meta device: `checkpoint.load` gives it weights."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.params = args
+        self.tok_embeddings = parallel_embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = column_parallel(args.dim, args.vocab_size, gather=True)
+        self.rope: tuple[Tensor, Tensor] | None = None  # made where the weights are, at the first step
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def new_cache(self, slots: int, max_seq_len: int) -> KVCache:
+        """An empty cache for this rank's kv heads, in the dtype of the weights."""
+        args = self.params
+        kv_heads = args.kv_heads // model_parallel_size()
+        return KVCache(args.n_layers, kv_heads, slots, max_seq_len, args.head_dim, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, step: Step, cache: KVCache) -> Tensor:
+        """Write the step's keys and values into the cache; return the logits (R, vocab) in float32."""
+        if self.rope is None or self.rope[0].shape[0] < cache.max_seq_len:
+            self.rope = rope_table(self.params.head_dim, cache.max_seq_len, self.params.rope_theta, self.device)
+        cos, sin = (table[step.positions][:, None] for table in self.rope)
+        inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), cos, sin, span_masks(step))
+        x = self.tok_embeddings(step.tokens)
+        for layer in self.layers:
+            x = layer(x, inputs)
+        return self.output(self.norm(x[step.logit_rows])).float()

@@ -1,0 +1,169 @@
+"""`Output`: the text of one request while it is made, and the dicts that callers get of it."""
+
+import math
+from collections import deque
+from typing import Any, TypedDict
+
+from llama.chat import REFUSAL, Message
+from llama.engine import Engine, completion
+from llama.request import FinishReason, Request, SamplingParams
+from llama.tokenizer import StreamDecoder, Tokenizer
+
+
+class TopLogprob(TypedDict):
+    token: int
+    piece: str
+    logprob: float
+
+
+class Result(TypedDict, total=False):
+    """What every prediction carries; `tokens` and `logprobs` where asked, `samples` where n > 1."""
+
+    tokens: list[str]
+    logprobs: list[float]
+    top_logprobs: list[list[TopLogprob]]
+    finish_reason: FinishReason
+    seed: int
+    prompt_tokens: int
+    completion_tokens: int
+    time_to_first_token: float | None  # seconds since the request was added
+    time: float  # seconds in all
+
+
+class CompletionPrediction(Result, total=False):
+    generation: str
+    samples: list["CompletionPrediction"]
+
+
+class ChatPrediction(Result, total=False):
+    generation: Message
+    samples: list["ChatPrediction"]
+
+
+class Score(TypedDict):
+    """A text's tokens and log p(token t | tokens before t), the first None; perplexity is None for a lone token."""
+
+    tokens: list[int]
+    pieces: list[str]
+    logprobs: list[float | None]
+    top_logprobs: list[list[TopLogprob] | None] | None
+    perplexity: float | None
+
+
+class Output:
+    """Watches one request in the engine, decodes its tokens, and ends it at a stop string.
+
+    Each change puts the output into `fresh`, the queue of the call that it belongs to.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, request: Request, index: int, echo: bool, fresh: "deque[Output]"
+    ) -> None:
+        self.request = request
+        self.index = index  # of the prompt in its call; n samples of a prompt share it
+        self.text = ""
+        self._unread = ""
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._decoder = StreamDecoder(tokenizer, request.params.stop)
+        self._echoed = request.prompt if echo else []
+        self._seen = 0
+        self.fresh = fresh
+        if echo:
+            self._add("".join(map(self._decoder.decode, request.prompt)))
+
+    def observe(self, request: Request) -> None:
+        """Take in the request's new tokens, or its end: the engine calls this after each."""
+        for token in request.tokens[self._seen :]:
+            self._add(self._decoder.feed(token))
+        self._seen = len(request.tokens)
+        if request.finish_reason:
+            self._add(self._decoder.flush())
+        self.fresh.append(self)
+        if self._decoder.stopped:
+            if request.finish_reason:
+                request.finish_reason = "stop"
+            else:
+                self._engine.finish(request, "stop")
+
+    def take(self) -> str:
+        """The text since the last take."""
+        text, self._unread = self._unread, ""
+        return text
+
+    def _add(self, text: str) -> None:
+        self.text += text
+        self._unread += text
+
+    def kept(self) -> tuple[list[int], list[str]]:
+        """(Tokens, pieces), the pieces joining to the text: of a stop string's tokens only what comes before it."""
+        tokens = self._echoed + self.request.tokens
+        pieces = self._tokenizer.pieces(tokens)
+        if not self._decoder.stopped:
+            return tokens, pieces
+        kept: list[str] = []
+        left = len(self.text)
+        for piece in pieces:
+            if not left and piece:
+                break
+            kept.append(piece[:left])
+            left -= len(kept[-1])
+        return tokens[: len(kept)], kept
+
+    def logprobs(self) -> list[float]:
+        """One for each token before any cut; an echoed prompt's first token, which nothing precedes, has 0.0."""
+        echoed = [0.0 if score is None else score for score in self.request.scores] if self._echoed else []
+        return echoed + self.request.logprobs
+
+    def top_logprobs(self) -> list[list[TopLogprob]]:
+        echoed = [top or {} for top in self.request.top_scores] if self._echoed else []
+        return [_named(top, self._tokenizer) for top in echoed + self.request.top_logprobs]
+
+    def result(self) -> Result:
+        """All of a prediction but its text."""
+        done, params = completion(self.request), self.request.params
+        result: Result = {}
+        if params.logprobs or params.top_logprobs:
+            pieces = self.kept()[1]
+            result["tokens"] = pieces
+            if params.logprobs:
+                result["logprobs"] = self.logprobs()[: len(pieces)]
+            if params.top_logprobs:
+                result["top_logprobs"] = self.top_logprobs()[: len(pieces)]
+        return {
+            **result,
+            "finish_reason": done.finish_reason,
+            "seed": done.seed,
+            "prompt_tokens": done.prompt_tokens,
+            "completion_tokens": done.completion_tokens,
+            "time_to_first_token": done.time_to_first_token,
+            "time": done.time,
+        }
+
+    def score(self) -> Score:
+        request, tokenizer = self.request, self._tokenizer
+        known = [score for score in request.scores if score is not None]
+        return {
+            "tokens": request.prompt,
+            "pieces": tokenizer.pieces(request.prompt),
+            "logprobs": request.scores,
+            "top_logprobs": [_named(top, tokenizer) if top else None for top in request.top_scores]
+            if request.params.top_logprobs
+            else None,
+            "perplexity": math.exp(-sum(known) / len(known)) if known else None,
+        }
+
+
+def refused(params: SamplingParams) -> dict[str, Any]:
+    """The prediction for a dialog that was not run."""
+    prediction: dict[str, Any] = {"generation": {"role": "assistant", "content": REFUSAL}}
+    if params.logprobs:
+        prediction |= {"tokens": [], "logprobs": []}
+    return prediction | {
+        "finish_reason": "refused", "seed": params.seed, "prompt_tokens": 0, "completion_tokens": 0,
+        "time_to_first_token": None, "time": 0.0,
+    }  # fmt: skip
+
+
+def _named(top: dict[int, float], tokenizer: Tokenizer) -> list[TopLogprob]:
+    return [{"token": token, "piece": tokenizer.piece(token), "logprob": logprob} for token, logprob in top.items()]

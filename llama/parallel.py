@@ -1,0 +1,163 @@
+"""The processes of one run: their group, fairscale's model-parallel groups, each one's device and dtype."""
+
+import contextlib
+import io
+import os
+import sys
+
+import fairscale.nn.model_parallel.initialize as fairscale_groups
+import torch
+import torch.distributed as dist
+
+from llama.errors import DeviceError, ParameterError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class SoloGroup(dist.ProcessGroup):
+    """The process group of a process that runs alone: it has nobody to talk to, so it opens no port."""
+
+    def getBackendName(self) -> str:
+        return "solo"
+
+
+def rank() -> int:
+    """This process's number among all of the run; 0 where no group was made (and torchrun started none)."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 for a plain python run."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def model_parallel_rank() -> int:
+    return fairscale_groups.get_model_parallel_rank()
+
+
+def model_parallel_size() -> int:
+    return fairscale_groups.get_model_parallel_world_size()
+
+
+def say(message: str) -> None:
+    """One line for the person who runs this, on stderr, from rank 0 only."""
+    if rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def initialize(device: torch.device, size: int | None) -> None:
+    """Join the process group and split it into model-parallel groups of `size` processes (None: all of them).
+
+    Groups made before are used again. Raises ParameterError where `size` does not divide the number of
+    processes, or differs from the size in use in this process.
+    """
+    if not dist.is_initialized():
+        _join_process_group(device)
+    world = dist.get_world_size()
+    size = world if size is None else size
+    if size < 1 or world % size:
+        processes = "1 process is" if world == 1 else f"{world} processes are"
+        raise ParameterError(
+            f"model_parallel_size={size}, but {processes} running: start torchrun with --nproc_per_node {max(size, 1)}"
+            " (or a multiple of it), or leave model_parallel_size out"
+        )
+    if not fairscale_groups.model_parallel_is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups on stdout
+            fairscale_groups.initialize_model_parallel(size)
+    elif model_parallel_size() != size:
+        raise ParameterError(
+            f"model_parallel_size={size}, but this process already runs a model split over {model_parallel_size()}:"
+            " use one size a process"
+        )
+
+
+def _join_process_group(device: torch.device) -> None:
+    if world_size() > 1:
+        options = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+        return
+    if not hasattr(dist.Backend, "SOLO"):
+        dist.Backend.register_backend(
+            "solo", lambda store, rank, size, timeout: SoloGroup(rank, size), devices=["cpu", "cuda", "mps"]
+        )
+    dist.init_process_group("solo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def agree(number: int) -> int:
+    """Rank 0's number, on every rank."""
+    if world_size() == 1:
+        return number
+    numbers = [number]
+    dist.broadcast_object_list(numbers, src=0)
+    return numbers[0]
+
+
+def choose_device(name: str | torch.device | None) -> torch.device:
+    """The device of this rank: the one asked for, else CUDA, else MPS, else the CPU. CUDA goes by LOCAL_RANK."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "mps" and world_size() > 1:
+            name = "cpu"  # there is one MPS device, and no collectives between processes on it
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ParameterError(f"device={name!r} is not a device: use cuda, mps or cpu") from None
+    if device.type == "cuda":
+        return _cuda_device(device, local_rank)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device='mps' was asked for, but this machine has no MPS device: use device='cpu'")
+    if device.type not in ("cpu", "mps"):
+        raise ParameterError(f"device={str(name)!r} is not supported: use cuda, mps or cpu")
+    return device
+
+
+def _cuda_device(device: torch.device, local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        why = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch sees no CUDA device"
+        raise DeviceError(f"device='cuda' was asked for, but {why}: use device='cpu', or install a CUDA build")
+    index = local_rank if device.index is None else device.index
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise DeviceError(
+            f"process {local_rank} of this machine wants CUDA device {index}, but there are {count}:"
+            f" start torchrun with --nproc_per_node {count} or fewer"
+        )
+    return torch.device("cuda", index)
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch dtype from itself or its name; None stays None."""
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if dtype is not None and found is None:
+        raise ParameterError(f"dtype={str(dtype)!r} is not supported: use {', '.join(DTYPES)}")
+    return found
+
+
+def choose_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to run in: the checkpoint's own where the device multiplies it in hardware, else float32.
+
+    On CUDA devices older than Ampere bfloat16 becomes float32 too: float16 would overflow where it did not.
+    """
+    if stored == torch.bfloat16 and device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
+    elif stored == torch.bfloat16 and device.type == "cpu":
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    elif stored == torch.float16 and device.type == "cpu":
+        fast = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    else:
+        fast = True
+    return stored if fast else torch.float32
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process of this run has claimed to report its error yet; each call is a claim."""
+    if not dist.is_initialized() or world_size() == 1:
+        return rank() == 0
+    return dist.distributed_c10d._get_default_store().add("llama/failed", 1) == 1
+
+
+def leave() -> None:
+    """Take leave of the other processes at the end of a run."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.destroy_process_group()

@@ -1,0 +1,163 @@
+"""What is asked for (`SamplingParams`, `Request`) and what comes back (`Completion`)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from llama.errors import ParameterError
+
+FinishReason = Literal["stop", "length", "refused", "cancelled", "error"]
+_MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen; checked where it is made (raises ParameterError).
+
+    The model's logits are changed in this order: `logit_bias`, `repetition_penalty` (prompt and completion,
+    https://arxiv.org/abs/1909.05858), `presence_penalty` and `frequency_penalty` (completion only),
+    `bad_words`, end and stop tokens before `min_gen_len`. Temperature 0 takes the largest logit. Otherwise
+    softmax(logits / temperature) keeps its `top_k` most probable tokens (0: all), of those the most probable whose
+    cumulative renormalised probability before them is ≤ `top_p` (https://arxiv.org/abs/1904.09751), of those the
+    ones at least `min_p` times as probable as the best, and one is drawn.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_gen_len: int = 0
+    max_gen_len: int | None = None  # None: up to max_seq_len
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    bad_words: Sequence[Sequence[int]] = ()  # token sequences that are never produced
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None  # None: derived from the build's seed and a counter of requests
+    n: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        _number("temperature", self.temperature, 0, math.inf, "0 (argmax) or more")
+        _number("top_p", self.top_p, 0, 1, "above 0 and at most 1", open_low=True)
+        _integer("top_k", self.top_k, 0, None, "0 (off) or more")
+        _number("min_p", self.min_p, 0, 1, "0 (off) to 1")
+        _number("repetition_penalty", self.repetition_penalty, 0, math.inf, "above 0 (1 is off)", open_low=True)
+        _number("presence_penalty", self.presence_penalty, -math.inf, math.inf, "a finite number")
+        _number("frequency_penalty", self.frequency_penalty, -math.inf, math.inf, "a finite number")
+        _number("length_penalty", self.length_penalty, -math.inf, math.inf, "a finite number")
+        _integer("min_gen_len", self.min_gen_len, 0, None, "0 or more")
+        if self.max_gen_len is not None:
+            _integer("max_gen_len", self.max_gen_len, 0, None, "0 or more, or None")
+            if self.min_gen_len > self.max_gen_len:
+                raise ParameterError(
+                    f"min_gen_len={self.min_gen_len} is more than max_gen_len={self.max_gen_len}: lower one of them"
+                )
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, _MAX_SEED, f"0 to {_MAX_SEED}, or None")
+        _integer("n", self.n, 1, None, "1 or more")
+        _integer("num_beams", self.num_beams, 1, None, "1 (no beam search) or more")
+        _integer("top_logprobs", self.top_logprobs, 0, None, "0 (none) or more")
+        if self.num_beams > 1 and self.n > 1:
+            raise ParameterError(f"num_beams={self.num_beams} with n={self.n}: beam search gives one answer; use n=1")
+        self._freeze_collections()
+
+    def _freeze_collections(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        _each("stop", stop, lambda s: isinstance(s, str) and s, "non-empty strings")
+        _each("stop_token_ids", self.stop_token_ids, _is_token, "token ids")
+        _each("bad_words", self.bad_words, lambda w: _is_list(w) and w and all(map(_is_token, w)), "lists of token ids")
+        if not isinstance(self.logit_bias, Mapping):
+            raise ParameterError(f"logit_bias={self.logit_bias!r} is not a table of token id → number")
+        for token, bias in self.logit_bias.items():
+            if not _is_token(token) or not _is_number(bias) or math.isnan(bias) or bias == math.inf:
+                raise ParameterError(f"logit_bias has {token!r}: {bias!r}; expected token id: number (or -inf)")
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "bad_words", tuple(map(tuple, self.bad_words)))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model's logits are used as they are."""
+        return not (
+            self.logit_bias or self.bad_words or self.min_gen_len or self.presence_penalty or self.frequency_penalty
+        ) and (self.repetition_penalty == 1)
+
+
+SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt on its way through the engine: its progress is written here by the engine alone.
+
+    `prompt_logprobs` asks for the log-probability of each prompt token; place 0, which nothing precedes, is None.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    stop_tokens: frozenset[int]
+    prompt_logprobs: bool = False
+    name: str = "prompt"  # how errors call it, such as "prompt 3"
+    tokens: list[int] = field(default_factory=list)  # made so far, without the end token
+    logprobs: list[float] = field(default_factory=list)  # one a made token, where asked
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    scores: list[float | None] = field(default_factory=list)  # one a prompt token, where asked
+    top_scores: list[dict[int, float] | None] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    added: float = 0.0  # clock times, in seconds
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a finished request gave. Times are in seconds from the moment it was added."""
+
+    request: Request
+    tokens: list[int]
+    logprobs: list[float] | None
+    finish_reason: FinishReason
+    seed: int
+    prompt_tokens: int
+    completion_tokens: int
+    time_to_first_token: float | None
+    time: float
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _number(name: str, value: Any, low: float, high: float, expected: str, open_low: bool = False) -> None:
+    inside = _is_number(value) and math.isfinite(value) and low <= value <= high and not (open_low and value == low)
+    if not inside:
+        raise ParameterError(f"{name}={value!r} is out of range: expected {expected}")
+
+
+def _integer(name: str, value: Any, low: int, high: int | None, expected: str) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        raise ParameterError(f"{name}={value!r} is out of range: expected an integer, {expected}")
+
+
+def _each(name: str, values: Any, good: Any, expected: str) -> None:
+    if not _is_list(values) or not all(map(good, values)):
+        raise ParameterError(f"{name}={values!r} is not a list of {expected}")

@@ -1,0 +1,157 @@
+"""From logits and one uniform number a row to tokens and their log-probabilities: pure functions.
+
+Letters in shapes: R rows, V vocabulary.
+"""
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama.request import SamplingParams
+
+CANDIDATES = 256  # a CPU sorts so many first, and all of them only for rows whose kept tokens reach further
+
+
+def noise_key(seed: int, prompt: Sequence[int]) -> bytes:
+    """The key of a request's noise: another one for another seed or another prompt, whoever shares its batch."""
+    return hashlib.blake2b(struct.pack(f"<Q{len(prompt)}q", seed, *prompt), digest_size=16).digest()
+
+
+def uniform(key: bytes, position: int) -> float:
+    """The request's number in [0, 1) for the token at `position`: a counter-based generator (keyed BLAKE2b)."""
+    digest = hashlib.blake2b(struct.pack("<q", position), digest_size=8, key=key).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def derive_seed(seed: int, counter: int) -> int:
+    """A seed of 63 bits for the `counter`-th request or sample under `seed`."""
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, counter), digest_size=8, person=b"seed").digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, noise: Tensor) -> Tensor:
+    """Draw a token (R,) int64 for each row of logits (R, V); all else is (R,), float32 but for int64 top_k.
+
+    Temperature 0 takes the largest logit. The filters are those of `SamplingParams`, ties going to the lower
+    token; of the kept tokens, most probable first, the one is taken in which the noise · kept mass falls.
+    """
+    tokens = logits.argmax(-1)
+    drawn = (temperature > 0).nonzero().flatten()
+    if len(drawn) == 0:
+        return tokens
+    probs = torch.softmax(logits[drawn] / temperature[drawn, None], dim=-1)
+    tokens[drawn] = _draw(probs, _Filters(top_p, top_k, min_p, noise).of(drawn))
+    return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Filters:
+    """The filters and the noise of R rows, each (R,)."""
+
+    top_p: Tensor
+    top_k: Tensor
+    min_p: Tensor
+    noise: Tensor
+
+    def of(self, rows: Tensor) -> "_Filters":
+        return _Filters(self.top_p[rows], self.top_k[rows], self.min_p[rows], self.noise[rows])
+
+
+def _draw(probs: Tensor, filters: _Filters) -> Tensor:
+    """Draw from probs (R, V), each row by the cheapest way that is exact for it.
+
+    A row without filters is not sorted. A CPU takes the best CANDIDATES of a row, where they surely hold all kept
+    tokens. Everything else is a full sort. Which way a row goes depends on that row alone.
+    """
+    tokens = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
+    open_rows = (filters.top_p == 1) & (filters.top_k == 0) & (filters.min_p == 0)
+    few = torch.zeros_like(open_rows)
+    if probs.device.type == "cpu" and probs.shape[1] > CANDIDATES:
+        few = ~open_rows & _candidates_suffice(probs, filters)
+    for chosen, draw in ((open_rows, _draw_open), (few, _draw_few), (~(open_rows | few), _draw_sorted)):
+        rows = chosen.nonzero().flatten()
+        if len(rows):
+            tokens[rows] = draw(probs[rows], filters.of(rows))
+    return tokens
+
+
+def _candidates_suffice(probs: Tensor, filters: _Filters) -> Tensor:
+    """Whether the CANDIDATES best of each row (R,) hold all that its filters keep, and no tie reaches beyond them."""
+    best = probs.topk(CANDIDATES + 1, dim=-1).values
+    last, beyond = best[:, CANDIDATES - 1], best[:, CANDIDATES]
+    by_k = (filters.top_k > 0) & (filters.top_k <= CANDIDATES)
+    by_mass = (filters.top_k == 0) & (best[:, :CANDIDATES].sum(-1) > filters.top_p)
+    return (last > beyond) & (by_k | by_mass | (beyond < filters.min_p * best[:, 0]) & (filters.top_k == 0))
+
+
+def _draw_open(probs: Tensor, filters: _Filters) -> Tensor:
+    cumulative = probs.cumsum(-1)
+    place = torch.searchsorted(cumulative, filters.noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return place.clamp_max(probs.shape[1] - 1)
+
+
+def _draw_few(probs: Tensor, filters: _Filters) -> Tensor:
+    # In the order of their ids, so that the stable sort breaks ties as a sort of the whole row would.
+    ids = probs.topk(CANDIDATES, dim=-1).indices.sort(dim=-1).values
+    return ids.gather(1, _draw_sorted(probs.gather(1, ids), filters)[:, None])[:, 0]
+
+
+def _draw_sorted(probs: Tensor, filters: _Filters) -> Tensor:
+    """Draw a place (R,) among probabilities (R, C) after a stable sort, most probable first."""
+    probs, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
+    rank = torch.arange(probs.shape[1], device=probs.device)
+    limited = filters.top_k > 0
+    kept = ~limited[:, None] | (rank < filters.top_k[:, None])
+    cumulative = torch.where(kept, probs, 0.0).cumsum(-1)
+    # What top_k keeps is renormalised before top_p; without it a row's mass is 1, even if only candidates are here.
+    mass = torch.where(limited, cumulative[:, -1], 1.0)
+    kept &= cumulative - probs <= (filters.top_p * mass)[:, None]
+    kept &= probs >= filters.min_p[:, None] * probs[:, :1]
+    last = (kept.sum(-1) - 1).clamp_min(0)[:, None]
+    place = torch.searchsorted(cumulative, filters.noise[:, None] * cumulative.gather(1, last), right=True)
+    return ids.gather(1, place.minimum(last))[:, 0]
+
+
+def adjust(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], made: Sequence[int], stop_tokens: frozenset[int]
+) -> Tensor:
+    """One row of logits (V,) after the request's bias, penalties and bans (the order is in `SamplingParams`)."""
+    logits = logits.clone()
+
+    def at(tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+
+    if params.logit_bias:
+        logits[at(list(params.logit_bias))] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    if params.repetition_penalty != 1:
+        seen = at(sorted({*prompt, *made}))
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if made and (params.presence_penalty or params.frequency_penalty):
+        counts = Counter(made)
+        amount = torch.tensor(list(counts.values()), dtype=torch.float32, device=logits.device)
+        logits[at(list(counts))] -= params.presence_penalty + params.frequency_penalty * amount
+    banned = _banned(params.bad_words, prompt, made)
+    if len(made) < params.min_gen_len:
+        banned |= stop_tokens
+    if banned:
+        logits[at(sorted(banned))] = -torch.inf
+    return logits
+
+
+def _banned(bad_words: Sequence[Sequence[int]], prompt: Sequence[int], made: Sequence[int]) -> set[int]:
+    """The tokens that would complete a bad word now."""
+    reach = max((len(word) - 1 for word in bad_words), default=0)
+    tail = (*prompt[max(0, len(prompt) - reach) :], *made)
+    return {word[-1] for word in bad_words if len(word) == 1 or tail[-(len(word) - 1) :] == tuple(word[:-1])}
+
+
+def top_logprobs(logprobs: Tensor, k: int) -> list[dict[int, float]]:
+    """Per row of log-probabilities (R, V) the k most probable tokens, best first."""
+    values, ids = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
+    return [dict(zip(row_ids, row, strict=True)) for row_ids, row in zip(ids.tolist(), values.tolist(), strict=True)]

@@ -1,0 +1,188 @@
+"""Text ↔ tokens with SentencePiece, and tokens → text while they are being made."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from llama.errors import PromptError, TokenizerError
+
+SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+REPLACEMENT = "\ufffd"  # what it makes of a byte that is not UTF-8
+UNKNOWN = " \u2047 "  # what it makes of the unknown token
+
+
+class Tokenizer:
+    """A `tokenizer.model` of SentencePiece, as Meta ships it with the weights."""
+
+    def __init__(self, model_path: str) -> None:
+        """Raises TokenizerError that says what the file is, where it is not a SentencePiece model."""
+        path = Path(model_path)
+        data = _read(path)
+        try:
+            self.sp_model = SentencePieceProcessor(model_proto=data)
+        except RuntimeError:
+            raise TokenizerError(
+                f"tokenizer {path} ({len(data)} bytes) is not a SentencePiece model: get Llama-2's tokenizer.model"
+            ) from None
+        self.model_path = path
+        self.n_words: int = self.sp_model.vocab_size()
+        self.bos_id: int = self.sp_model.bos_id()
+        self.eos_id: int = self.sp_model.eos_id()
+        self.pad_id: int = self.sp_model.pad_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise TokenizerError(f"tokenizer {path} has no begin or end token: get Llama-2's tokenizer.model")
+        space = self.sp_model.piece_to_id(SPACE)
+        # Decoding drops the first space where encoding adds one ("dummy prefix"): ask the model, do not assume it.
+        self.strips_first_space = self.sp_model.decode([space, space]) != "  "
+        self._surfaces: dict[int, str | int] = {}
+
+    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+        """The tokens of a text, with the begin and end tokens where asked. Raises PromptError on half a surrogate."""
+        if not isinstance(s, str):
+            raise PromptError(f"only text can be encoded, but this is {type(s).__name__}: {s!r:.60}")
+        try:
+            tokens = self.sp_model.encode(s)
+        except UnicodeEncodeError:
+            raise PromptError("the text holds half a surrogate pair, which has no UTF-8 form: remove it") from None
+        return [self.bos_id] * bos + tokens + [self.eos_id] * eos
+
+    def decode(self, t: Sequence[int]) -> str:
+        """The text of tokens; control tokens (begin, end) have none."""
+        return self.sp_model.decode(list(t))
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """One string a token, whose concatenation is exactly `decode(tokens)`.
+
+        A character made of several byte tokens stands in the piece of the last of them.
+        """
+        decoder = StreamDecoder(self)
+        pieces = [decoder.feed(token) for token in tokens]
+        rest = decoder.flush()
+        if pieces:
+            pieces[-1] += rest
+        return pieces
+
+    def piece(self, token: int) -> str:
+        """How one token reads by itself: its text, spaces kept; control tokens and bytes by their names (<0x0A>)."""
+        surface = self.surface(token)
+        if isinstance(surface, str) and surface:
+            return surface.replace(SPACE, " ")
+        return self.sp_model.id_to_piece(token)
+
+    def surface(self, token: int) -> str | int:
+        """What one token adds to a text: a string (spaces as SPACE), or the value of a byte token."""
+        known = self._surfaces.get(token)
+        if known is None:
+            known = self._surfaces[token] = self._surface(token)
+        return known
+
+    def _surface(self, token: int) -> str | int:
+        model = self.sp_model
+        if model.is_control(token):
+            return ""
+        if model.is_unknown(token):
+            return UNKNOWN
+        piece = model.id_to_piece(token)
+        return int(piece[3:-1], 16) if model.is_byte(token) else piece
+
+
+def _read(path: Path) -> bytes:
+    """The file's bytes. Raises TokenizerError for the files that people pass by mistake."""
+    if path.is_dir():
+        raise TokenizerError(f"tokenizer {path} is a folder: tokenizer_path is the tokenizer.model file itself")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise TokenizerError(f"tokenizer {path} does not exist: check tokenizer_path") from None
+    except OSError as error:
+        raise TokenizerError(f"tokenizer {path} cannot be read: {error.strerror}") from None
+    size = f"({len(data)} bytes)"
+    if not data:
+        raise TokenizerError(f"tokenizer {path} is empty (0 bytes): download it again")
+    if data.startswith(b"version https://git-lfs"):
+        raise TokenizerError(f"tokenizer {path} is a git-lfs pointer {size}: run git lfs pull")
+    if data.lstrip()[:1] == b"<":
+        raise TokenizerError(f"tokenizer {path} is an HTML page {size}: the download link failed; download it again")
+    first = data.split(b"\n", 1)[0].split()
+    if len(first) == 2 and first[1].isdigit():
+        raise TokenizerError(
+            f"tokenizer {path} is a Llama-3 (tiktoken) file {size}: Llama-2 needs its own tokenizer.model"
+        )
+    return data
+
+
+class StreamDecoder:
+    """Tokens → text as they come; all that it returns, joined, is `Tokenizer.decode` of all tokens.
+
+    With stop strings the text ends exactly where the first of them begins, `stopped` turns true, and what might be
+    the start of one is held back until it is decided.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._at_start = tokenizer.strips_first_space
+        self._bytes = b""  # of byte tokens that are not a character yet
+        self._held = ""  # text that might be the start of a stop string
+
+    def feed(self, token: int) -> str:
+        """The text that this token decides."""
+        return self._until_stop(self.decode(token))
+
+    def flush(self) -> str:
+        """The text that was still held back, at the end."""
+        return self._until_stop(self._characters(end=True), end=True)
+
+    def decode(self, token: int) -> str:
+        """What the token adds to the text, stop strings aside: for tokens of the prompt."""
+        surface = self._tokenizer.surface(token)
+        if isinstance(surface, int):
+            self._bytes += bytes([surface])
+            self._at_start = False
+            return self._characters(end=False)
+        if not surface:
+            return ""
+        text = self._characters(end=True)
+        if self._at_start:
+            surface = surface.removeprefix(SPACE)
+            self._at_start = False
+        return text + surface.replace(SPACE, " ")
+
+    def _characters(self, end: bool) -> str:
+        """The characters that the waiting bytes make; what may yet become one goes on waiting unless at the end."""
+        text = ""
+        while self._bytes:
+            size = _character_size(self._bytes[0])
+            try:
+                text += self._bytes[:size].decode()
+                self._bytes = self._bytes[size:]
+            except UnicodeDecodeError as error:
+                if "unexpected end" in error.reason and not end:
+                    break
+                text += REPLACEMENT
+                self._bytes = self._bytes[1:]
+        return text
+
+    def _until_stop(self, text: str, end: bool = False) -> str:
+        if self.stopped or not self._stop:
+            return "" if self.stopped else text
+        text = self._held + text
+        begins = [at for at in map(text.find, self._stop) if at >= 0]
+        if begins:
+            self.stopped, self._held = True, ""
+            return text[: min(begins)]
+        keep = 0 if end else max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _character_size(first: int) -> int:
+    """How many bytes the UTF-8 character has that begins with this byte (1 where none does)."""
+    return 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2 if first >= 0xC0 else 1
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`, not all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

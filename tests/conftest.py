@@ -1,0 +1,57 @@
+"""What many tests share: the demo checkpoint's paths, a random checkpoint, and builders of `Llama`."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "llama" / "demo"
+
+from checkpoints import SMALL, random_weights, save  # noqa: E402
+
+from llama import Llama  # noqa: E402
+from llama.tokenizer import Tokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """The demo's tokenizer."""
+    return Tokenizer(str(DEMO / "tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def small(tokenizer: Tokenizer) -> dict:
+    """The sizes of a small random model with the demo's vocabulary and grouped-query attention."""
+    return {**SMALL, "vocab_size": tokenizer.n_words}
+
+
+@pytest.fixture(scope="session")
+def weights(small: dict) -> dict[str, torch.Tensor]:
+    return random_weights(small)
+
+
+@pytest.fixture(scope="session")
+def ckpt_dir(tmp_path_factory: pytest.TempPathFactory, small: dict, weights: dict[str, torch.Tensor]) -> Path:
+    """The small random model as a folder of one shard, in float32."""
+    return save(tmp_path_factory.mktemp("checkpoint") / "small", small, weights)
+
+
+@pytest.fixture(scope="session")
+def build(ckpt_dir: Path) -> Callable[..., Llama]:
+    """Build a `Llama` on the small random model (float32, CPU): build(max_seq_len=128, max_batch_size=4, seed=…)."""
+
+    def build(folder: Path = ckpt_dir, max_seq_len: int = 128, max_batch_size: int = 4, **options: object) -> Llama:
+        options = {"device": "cpu", **options}
+        return Llama.build(str(folder), str(DEMO / "tokenizer.model"), max_seq_len, max_batch_size, **options)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def demo() -> Llama:
+    """The demo checkpoint in float32 on the CPU, where results do not depend on what shares a batch."""
+    return Llama.build(str(DEMO), str(DEMO / "tokenizer.model"), 512, 8, device="cpu", dtype="float32")
