@@ -1,12 +1,14 @@
 """The loop: plan → `Step` → model → sample → tokens to their requests."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from llama.errors import NumericalError, ParameterError, PromptError
+from llama.beam_search import beam_search
+from llama.errors import LlamaError, NumericalError, ParameterError, PromptError
 from llama.model import Transformer
 from llama.request import Completion, FinishReason, Request
 from llama.sampling import adjust, noise_key, sample, top_logprobs, uniform
@@ -20,6 +22,7 @@ class Engine:
     """Runs any number of requests through `slots` slots of one KV cache, each step packing what can run.
 
     A step has at most `max_step_tokens` tokens: long prompts are prefilled in chunks of what decoding leaves of it.
+    Beam searches run one at a time, when nothing else does: each has all the slots.
     """
 
     def __init__(self, model: Transformer, slots: int, max_seq_len: int, max_step_tokens: int) -> None:
@@ -29,30 +32,36 @@ class Engine:
         self.cache = model.new_cache(slots, max_seq_len)
         self.computed_tokens = 0  # by all steps so far; tokens that came from a shared prefix are not in it
         self._sequences: dict[Request, Sequence] = {}
+        self._searches: deque[Request] = deque()  # beam searches; the first may be running
+        self._search: Iterator[int] | None = None  # the running one
         self._observers: dict[Request, Observer] = {}
         self._noise: dict[Request, bytes] = {}
 
     @property
     def idle(self) -> bool:
-        return not self._sequences
+        return not self._sequences and not self._searches
 
     def add(self, request: Request, observer: Observer | None = None) -> None:
         """Queue a request. Raises PromptError or ParameterError, and queues nothing, where it can never run."""
-        self._check(request)
+        self.check(request)
         request.added = time.perf_counter()
+        if observer:
+            self._observers[request] = observer
+        if request.params.num_beams > 1:
+            self._searches.append(request)
+            return
         sequence = Sequence(request, list(request.prompt), reusable=not request.prompt_logprobs)
         self._sequences[request] = sequence
         self._noise[request] = noise_key(request.seed, request.prompt)
-        if observer:
-            self._observers[request] = observer
         self.scheduler.add(sequence)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise PromptError or ParameterError where a request can never run here."""
         length, name, vocab = len(request.prompt), request.name, self.model.params.vocab_size
         if not length:
             raise PromptError(f"{name} has no tokens: begin it with the tokenizer's bos_id")
-        wrong = next((t for t in request.prompt if not (isinstance(t, int) and 0 <= t < vocab)), None)
-        if wrong is not None:
+        if set(map(type, request.prompt)) != {int} or min(request.prompt) < 0 or max(request.prompt) >= vocab:
+            wrong = next(t for t in request.prompt if type(t) is not int or not 0 <= t < vocab)
             raise PromptError(f"{name} has token {wrong!r}: expected ids from 0 to {vocab - 1}")
         room = self.max_seq_len - length
         if room < 0 or (room == 0 and request.params.max_gen_len != 0):
@@ -61,17 +70,27 @@ class Engine:
                 " shorten it, or build with a larger max_seq_len"
             )
         params = request.params
+        if params.num_beams > self.scheduler.slots:
+            raise ParameterError(
+                f"num_beams={params.num_beams} is more than max_batch_size={self.scheduler.slots}: lower it, or build"
+                " with a larger max_batch_size"
+            )
         listed = {*params.logit_bias, *params.stop_token_ids, *(t for word in params.bad_words for t in word)}
         if listed and max(listed) >= vocab:
             raise ParameterError(f"{name}: token {max(listed)} in its parameters; expected ids from 0 to {vocab - 1}")
 
     def finish(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
         """End a request now and free its slot; one that has ended already stays as it is."""
-        sequence = self._sequences.pop(request, None)
-        if sequence is None:
+        if request in self._sequences:
+            self.scheduler.remove(self._sequences.pop(request))
+            self._noise.pop(request)
+        elif request in self._searches:
+            if self._search and request is self._searches[0]:
+                self._search = None
+                self.scheduler.give_back_all()
+            self._searches.remove(request)
+        else:
             return
-        self.scheduler.remove(sequence)
-        self._noise.pop(request)
         request.finish_reason, request.error, request.finished = reason, error, time.perf_counter()
         if observer := self._observers.pop(request, None):
             observer(request)
@@ -91,12 +110,30 @@ class Engine:
             self.cache.copy_prefix(copies[0].source, copies[0].target, copies[0].length)
             copies.popleft()
         if not chunks:
-            return []
+            return self._step_search() if self._searches else []
         wanted = [_wanted_rows(chunk) for chunk in chunks]
         logits = self.model(_pack(chunks, wanted, self.model.device), self.cache)
         self.scheduler.commit(chunks)
         self.computed_tokens += sum(chunk.stop - chunk.start for chunk in chunks)
         return self._give(chunks, wanted, logits)
+
+    def _step_search(self) -> list[Request]:
+        """One pass of the first beam search; it ends with the last."""
+        request = self._searches[0]
+        if self._search is None:
+            slots = self.scheduler.take_all()
+            self._search = beam_search(self.model, self.cache, request, slots, self.scheduler.max_step_tokens)
+        try:
+            self.computed_tokens += next(self._search)
+            return []
+        except StopIteration:
+            self.finish(request, request.finish_reason or "length")
+        except LlamaError as error:
+            self.finish(request, "error", error)
+        except BaseException:
+            self.finish(request, "cancelled")
+            raise
+        return [request]
 
     def _give(self, chunks: list[Chunk], wanted: list[range], logits: Tensor) -> list[Request]:
         """Hand the rows of logits to their requests: scores of prompt tokens, then the next tokens."""

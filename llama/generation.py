@@ -139,7 +139,7 @@ class Llama:
         prompt's first token, which nothing precedes, has log-probability 0.0. With n > 1 a prompt has n rows.
         """
         every = self._params(len(prompt_tokens), params, temperature, top_p, max_gen_len, logprobs, {})
-        outputs = self._queue([list(prompt) for prompt in prompt_tokens], every, "prompt", echo=echo)
+        outputs = self._outputs([list(prompt) for prompt in prompt_tokens], every, "prompt", echo=echo)
         self._finish(outputs, None)
         kept = [output.kept()[0] for output in outputs]
         if not any(p.logprobs for p in every):
@@ -165,7 +165,7 @@ class Llama:
         """
         tokens = self._encode(prompts)
         every = self._params(len(tokens), params, temperature, top_p, max_gen_len, logprobs, more)
-        outputs = self._queue(tokens, every, "prompt", echo=echo)
+        outputs = self._outputs(tokens, every, "prompt", echo=echo)
         self._finish(outputs, on_text)
         return [_prediction(own, lambda text: text) for own in _by_prompt(outputs)]
 
@@ -185,7 +185,7 @@ class Llama:
         """The assistant's answer to each dialog. A dialog with special tags is refused: answered so, and not run."""
         every = self._params(len(dialogs), params, temperature, top_p, max_gen_len, logprobs, more)
         prompts = self._chat_prompts(dialogs, allow_special_tags)
-        outputs = self._queue([prompt and prompt.tokens for prompt in prompts], every, "dialog")
+        outputs = self._outputs([prompt and prompt.tokens for prompt in prompts], every, "dialog")
         self._finish(outputs, on_text)
         answered = iter(_by_prompt(outputs))
         return [
@@ -200,7 +200,7 @@ class Llama:
         """The completion of one prompt, piece by piece as text is decided. Closing the iterator ends the request."""
         tokens = self._encode([prompt])
         every = self._params(1, params, temperature, top_p, max_gen_len, False, more)
-        return self._stream(self._queue(tokens, every, "prompt"))
+        return self._stream(self._outputs(tokens, every, "prompt"))
 
     def stream_chat(
         self, dialog: Dialog, temperature: float = 0.6, top_p: float = 0.9, max_gen_len: int | None = None,
@@ -209,13 +209,13 @@ class Llama:
         """The answer to one dialog, piece by piece as text is decided. Closing the iterator ends the request."""
         every = self._params(1, params, temperature, top_p, max_gen_len, False, more)
         prompt = self._chat_prompts([dialog], allow_special_tags)[0]
-        return iter([REFUSAL]) if prompt is None else self._stream(self._queue([prompt.tokens], every, "dialog"))
+        return iter([REFUSAL]) if prompt is None else self._stream(self._outputs([prompt.tokens], every, "dialog"))
 
     def score(self, texts: Sequence[str], *, top_logprobs: int = 0) -> list[Score]:
         """The log-probability of every token of each text, without generating, in memory that does not grow with it."""
         params = SamplingParams(temperature=0, max_gen_len=0, top_logprobs=top_logprobs)
         tokens = self._encode(texts)
-        outputs = self._queue(tokens, [params] * len(tokens), "text", score=True)
+        outputs = self._outputs(tokens, [params] * len(tokens), "text", score=True)
         self._finish(outputs, None)
         return [output.score() for output in outputs]
 
@@ -260,31 +260,26 @@ class Llama:
             )
         return every
 
-    def _queue(
+    def _outputs(
         self, prompts: Sequence[list[int] | None], every: list[SamplingParams], kind: str,
         *, echo: bool = False, score: bool = False,
     ) -> list[Output]:  # fmt: skip
-        """Give every prompt that is not None to the engine, n times each; errors call it `kind` and its index."""
+        """Checked requests for every prompt that is not None, n each; errors call a prompt `kind` and its index."""
         fresh: deque[Output] = deque()
         outputs: list[Output] = []
-        stops = self.tokenizer.eos_id
-        try:
-            for index, (prompt, params) in enumerate(zip(prompts, every, strict=True)):
-                if prompt is None:
-                    continue
-                seed = self._next_seed() if params.seed is None else params.seed
-                for sample in range(params.n):
-                    request = Request(
-                        prompt, params, derive_seed(seed, sample) if sample else seed,
-                        stop_tokens=frozenset((stops, *params.stop_token_ids)),
-                        prompt_logprobs=score or (echo and (params.logprobs or params.top_logprobs > 0)),
-                        name=f"{kind} {index}",
-                    )  # fmt: skip
-                    outputs.append(Output(self.engine, self.tokenizer, request, index, echo, fresh))
-                    self.engine.add(request, outputs[-1].observe)
-        except BaseException:
-            self._cancel(outputs)
-            raise
+        for index, (prompt, params) in enumerate(zip(prompts, every, strict=True)):
+            if prompt is None:
+                continue
+            seed = self._next_seed() if params.seed is None else params.seed
+            for sample in range(params.n):
+                request = Request(
+                    prompt, params, derive_seed(seed, sample) if sample else seed,
+                    stop_tokens=frozenset((self.tokenizer.eos_id, *params.stop_token_ids)),
+                    prompt_logprobs=score or (echo and (params.logprobs or params.top_logprobs > 0)),
+                    name=f"{kind} {index}",
+                )  # fmt: skip
+                self.engine.check(request)
+                outputs.append(Output(self.engine, self.tokenizer, request, index, echo, fresh))
         return outputs
 
     def _next_seed(self) -> int:
@@ -292,9 +287,11 @@ class Llama:
         return derive_seed(self.seed, self._requests_made)
 
     def _run(self, outputs: list[Output]) -> Iterator[Output]:
-        """Step the engine until all outputs have ended, yielding each as it changes; whatever happens, none stays."""
+        """Queue outputs and step the engine until all have ended, yielding each as it changes; none stays behind."""
         unfinished = set(outputs)
         try:
+            for output in outputs:
+                self.engine.add(output.request, output.observe)
             while unfinished:
                 fresh = outputs[0].fresh
                 while fresh:
@@ -305,11 +302,8 @@ class Llama:
                 if unfinished:
                     self.engine.step()
         finally:
-            self._cancel(outputs)
-
-    def _cancel(self, outputs: list[Output]) -> None:
-        for output in outputs:
-            self.engine.finish(output.request, "cancelled")
+            for output in unfinished:
+                self.engine.finish(output.request, "cancelled")
 
     def _finish(self, outputs: list[Output], on_text: Callable[[int, str], None] | None) -> None:
         """Run outputs to their end, then raise the first error that any met."""

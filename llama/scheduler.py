@@ -106,14 +106,14 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def take_all(self) -> list[int]:
-        """Every slot, forgotten and out of use until `give_back`; only while nothing runs."""
+        """Every slot, forgotten and out of use until `give_back_all`; only while nothing runs."""
         assert not self.running
         self.held = [[] for _ in range(self.slots)]
         slots, self.free = sorted(self.free), []
         return slots
 
-    def give_back(self, slots: list[int]) -> None:
-        self.free += slots
+    def give_back_all(self) -> None:
+        self.free = list(range(self.slots))
 
     def _admit(self) -> None:
         """Give free slots to waiting sequences, first come first served, but for those that wait for a prefix."""
