@@ -25,7 +25,7 @@ def noise_key(seed: int, prompt: Sequence[int]) -> bytes:
 def uniform(key: bytes, position: int) -> float:
     """The request's number in [0, 1) for the token at `position`: a counter-based generator (keyed BLAKE2b)."""
     digest = hashlib.blake2b(struct.pack("<q", position), digest_size=8, key=key).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    return (int.from_bytes(digest, "little") >> 40) * 2.0**-24  # exact in float32
 
 
 def derive_seed(seed: int, counter: int) -> int:
@@ -38,7 +38,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, mi
     """Draw a token (R,) int64 for each row of logits (R, V); all else is (R,), float32 but for int64 top_k.
 
     Temperature 0 takes the largest logit. The filters are those of `SamplingParams`, ties going to the lower
-    token; of the kept tokens, most probable first, the one is taken in which the noise · kept mass falls.
+    token; of the kept tokens, in the order of their ids, the one is taken in which noise · kept mass falls.
     """
     tokens = logits.argmax(-1)
     drawn = (temperature > 0).nonzero().flatten()
@@ -89,32 +89,34 @@ def _candidates_suffice(probs: Tensor, filters: _Filters) -> Tensor:
     return (last > beyond) & (by_k | by_mass | (beyond < filters.min_p * best[:, 0]) & (filters.top_k == 0))
 
 
-def _draw_open(probs: Tensor, filters: _Filters) -> Tensor:
-    cumulative = probs.cumsum(-1)
-    place = torch.searchsorted(cumulative, filters.noise[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return place.clamp_max(probs.shape[1] - 1)
-
-
 def _draw_few(probs: Tensor, filters: _Filters) -> Tensor:
-    # In the order of their ids, so that the stable sort breaks ties as a sort of the whole row would.
     ids = probs.topk(CANDIDATES, dim=-1).indices.sort(dim=-1).values
     return ids.gather(1, _draw_sorted(probs.gather(1, ids), filters)[:, None])[:, 0]
 
 
 def _draw_sorted(probs: Tensor, filters: _Filters) -> Tensor:
-    """Draw a place (R,) among probabilities (R, C) after a stable sort, most probable first."""
-    probs, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
+    """Draw from probs (R, C), after a stable sort that tells which tokens the filters keep."""
+    best, order = torch.sort(probs, dim=-1, descending=True, stable=True)
     rank = torch.arange(probs.shape[1], device=probs.device)
     limited = filters.top_k > 0
     kept = ~limited[:, None] | (rank < filters.top_k[:, None])
-    cumulative = torch.where(kept, probs, 0.0).cumsum(-1)
+    cumulative = torch.where(kept, best, 0.0).cumsum(-1)
     # What top_k keeps is renormalised before top_p; without it a row's mass is 1, even if only candidates are here.
     mass = torch.where(limited, cumulative[:, -1], 1.0)
-    kept &= cumulative - probs <= (filters.top_p * mass)[:, None]
-    kept &= probs >= filters.min_p[:, None] * probs[:, :1]
-    last = (kept.sum(-1) - 1).clamp_min(0)[:, None]
-    place = torch.searchsorted(cumulative, filters.noise[:, None] * cumulative.gather(1, last), right=True)
-    return ids.gather(1, place.minimum(last))[:, 0]
+    kept &= cumulative - best <= (filters.top_p * mass)[:, None]
+    kept &= best >= filters.min_p[:, None] * best[:, :1]
+    return _draw_open(probs * torch.empty_like(kept).scatter_(1, order, kept), filters)
+
+
+def _draw_open(probs: Tensor, filters: _Filters) -> Tensor:
+    """Draw from all of probs (R, C), in the order of the columns.
+
+    Not in the order of probability: there a rounding error that swaps two like tokens would change the draw.
+    """
+    cumulative = probs.cumsum(-1)
+    total = cumulative[:, -1:]
+    target = (filters.noise[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
 def adjust(

@@ -82,9 +82,11 @@ class Scheduler:
         budget = self.max_step_tokens
         chunks = []
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
-            n = min(sequence.pending, budget)
+            # After an interruption before the next token was chosen nothing is pending: the last token runs again.
+            start = min(sequence.cached, len(sequence.tokens) - 1)
+            n = min(len(sequence.tokens) - start, budget)
             if n:
-                chunks.append(Chunk(sequence, sequence.cached, sequence.cached + n))
+                chunks.append(Chunk(sequence, start, start + n))
                 budget -= n
         return chunks
 
