@@ -144,6 +144,7 @@ class Engine:
             first = own.stop
             request = chunk.sequence.request
             if not all(finite[row] for row in own):
+                chunk.sequence.cached = 0  # what its slot holds may be damaged: nobody starts from it
                 self.finish(request, "error", NumericalError(_not_finite(request)))
                 progressed.append(request)
                 continue

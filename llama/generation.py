@@ -74,15 +74,13 @@ class Llama:
         are held at once (more may be asked for). `seed` None takes fresh entropy. Raises a subclass of LlamaError.
         """
         started = time.perf_counter()
-        for name, value in (
-            ("max_seq_len", max_seq_len),
-            ("max_batch_size", max_batch_size),
-            ("max_step_tokens", max_step_tokens),
-        ):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ParameterError(f"{name}={value!r} is out of range: expected an integer, 1 or more")
-        chosen, wanted_dtype = parallel.choose_device(device), parallel.parse_dtype(dtype)
-        parallel.initialize(chosen, model_parallel_size)
+        _check_sizes(
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            max_step_tokens=1 if max_step_tokens is None else max_step_tokens,
+        )
+        place, wanted_dtype = parallel.choose_device(device), parallel.parse_dtype(dtype)
+        parallel.initialize(place, model_parallel_size)
         folder = Path(ckpt_dir)
         paths = checkpoint.find_shards(folder)
         args, ignored = read_params(folder)
@@ -92,18 +90,12 @@ class Llama:
         shards = [checkpoint.open_shard(path) for path in paths]
         args.vocab_size = _check_vocabulary(args.vocab_size, checkpoint.vocabulary(shards, folder), tokenizer)
         args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
-        step_tokens = max_step_tokens or STEP_TOKENS.get(chosen.type, STEP_TOKENS_ELSEWHERE)
-        model = checkpoint.load(folder, shards, args, chosen, wanted_dtype, step_tokens)
+        step_tokens = max_step_tokens or STEP_TOKENS.get(place.type, STEP_TOKENS_ELSEWHERE)
+        model = checkpoint.load(folder, shards, args, place, wanted_dtype, step_tokens)
+        llama = Llama(model, tokenizer, seed=seed, max_step_tokens=step_tokens)
         if ignored:
             parallel.say(f"llama: ignored in params.json: {', '.join(ignored)}")
-        llama = Llama(model, tokenizer, seed=seed, max_step_tokens=step_tokens)
-        mp, world = parallel.model_parallel_size(), parallel.world_size()
-        split = f"split over {mp} processes" if mp > 1 else "1 process"
-        parallel.say(
-            f"llama: {folder}, {str(model.dtype).removeprefix('torch.')} on {chosen}, {split}"
-            f"{f' × {world // mp} replicas' if world > mp else ''}, max_seq_len={max_seq_len},"
-            f" max_batch_size={max_batch_size}, seed={llama.seed}, loaded in {time.perf_counter() - started:.2f} s"
-        )
+        parallel.say(f"llama: {folder}, {llama._chosen()}, loaded in {time.perf_counter() - started:.2f} s")
         return llama
 
     def __init__(
@@ -122,6 +114,16 @@ class Llama:
         self.engine = Engine(model, model.params.max_batch_size, model.params.max_seq_len, max_step_tokens)
         self._requests_made = 0
 
+    def _chosen(self) -> str:
+        """What `build` chose, for its one line."""
+        model, mp, world = self.model, parallel.model_parallel_size(), parallel.world_size()
+        split = f"split over {mp} processes" if mp > 1 else "1 process"
+        replicas = f" × {world // mp} replicas" if world > mp else ""
+        return (
+            f"{str(model.dtype).removeprefix('torch.')} on {model.device}, {split}{replicas},"
+            f" max_seq_len={model.params.max_seq_len}, max_batch_size={model.params.max_batch_size}, seed={self.seed}"
+        )
+
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -139,6 +141,9 @@ class Llama:
         prompt's first token, which nothing precedes, has log-probability 0.0. With n > 1 a prompt has n rows.
         """
         every = self._params(len(prompt_tokens), params, temperature, top_p, max_gen_len, logprobs, {})
+        for index, prompt in enumerate(prompt_tokens):
+            if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+                raise PromptError(f"prompt {index} is {type(prompt).__name__}, not a list of tokens")
         outputs = self._outputs([list(prompt) for prompt in prompt_tokens], every, "prompt", echo=echo)
         self._finish(outputs, None)
         kept = [output.kept()[0] for output in outputs]
@@ -319,6 +324,12 @@ class Llama:
             if output is outputs[0] and (text := output.take()):
                 yield text
         _raise_first(outputs)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ParameterError(f"{name}={value!r} is out of range: expected an integer, 1 or more")
 
 
 def _raise_first(outputs: list[Output]) -> None:

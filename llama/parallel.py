@@ -55,10 +55,12 @@ def initialize(device: torch.device, size: int | None) -> None:
         _join_process_group(device)
     world = dist.get_world_size()
     size = world if size is None else size
-    if size < 1 or world % size:
+    if not isinstance(size, int) or size < 1:
+        raise ParameterError(f"model_parallel_size={size} is out of range: expected an integer, 1 or more, or None")
+    if world % size:
         processes = "1 process is" if world == 1 else f"{world} processes are"
         raise ParameterError(
-            f"model_parallel_size={size}, but {processes} running: start torchrun with --nproc_per_node {max(size, 1)}"
+            f"model_parallel_size={size}, but {processes} running: start torchrun with --nproc_per_node {size}"
             " (or a multiple of it), or leave model_parallel_size out"
         )
     if not fairscale_groups.model_parallel_is_initialized():

@@ -12,7 +12,7 @@ from llama import Llama, SamplingParams
 from llama.errors import NumericalError, ParameterError
 
 transformers = pytest.importorskip("transformers")
-from peers import transformers_model  # noqa: E402
+from transformers_peer import transformers_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
