@@ -30,12 +30,16 @@ def read_dialogs(path: str) -> list[list[Any]]:
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """(Line number, line) of every line that is not blank, without its line end."""
+    offset = 0
     try:
-        with open(Path(str(path)), encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, 1):
+        with open(Path(str(path)), "rb") as file:
+            for number, data in enumerate(file, 1):
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+                offset += len(data)
                 if line.strip():
                     yield number, line.removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise PromptError(f"prompts file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise PromptError(f"prompts file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        place = f"{error.reason} at byte {offset + error.start}"
+        raise PromptError(f"prompts file {path} is not UTF-8 text ({place})") from None

@@ -68,13 +68,13 @@ def open_shard(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = re.search(r"(?:Unsupported (?:global|class|operand)|GLOBAL)[: ]+([\w. ]+)", str(error))
-        named = f" ({reason[1].strip()})" if reason else ""
+        reason = re.search(r"GLOBAL ([\w.]+)", str(error))
+        named = f" ({reason[1]})" if reason else ""
         raise CheckpointError(
             f"{path} holds pickled code{named}, not only tensors: refused, it is not Meta's file"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # a damaged table of contents can raise anything
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read as a PyTorch file ({first}): download it again") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
@@ -84,9 +84,12 @@ def open_shard(path: Path) -> dict[str, Tensor]:
 
 
 def _check_file(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(64)
     again = "download it again"
     if size == 0:
         raise CheckpointError(f"{path} is empty (0 bytes): {again}")

@@ -37,11 +37,12 @@ def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[
     if ckpt_dir is None:
         raise LlamaError("--tokenizer_path was given without --ckpt_dir: give both, or neither for the demo checkpoint")
     if tokenizer_path is None:
-        places = [Path(str(ckpt_dir)) / "tokenizer.model", Path(str(ckpt_dir)).parent / "tokenizer.model"]
-        found = [str(place) for place in places if place.is_file()]
-        if not found:
+        folder = Path(str(ckpt_dir))
+        places = [folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"]
+        found = [place for place in places if place.is_file()]
+        if not found and folder.is_dir():  # a folder that is not there is the loader's to report
             raise LlamaError(f"no tokenizer.model in {ckpt_dir} or beside it: name it with --tokenizer_path")
-        tokenizer_path = found[0]
+        tokenizer_path = str((found or places)[0])
     return str(ckpt_dir), str(tokenizer_path)
 
 

@@ -43,13 +43,15 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _cgroup_free() -> int:
-    """What a container's limit (cgroup v2) leaves; without one, no limit."""
+    """What a container's limit (cgroup v2) leaves, counting the page cache that the kernel would give back."""
     folder = Path("/sys/fs/cgroup")
     try:
-        limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+        limit = int((folder / "memory.max").read_text())  # "max" where there is none
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return 1 << 62
-    return 1 << 62 if limit == "max" else int(limit) - used
+    return limit - used + int(stat.get("inactive_file", 0))
 
 
 def check_fits(needed: Need, free: int, max_seq_len: int, max_batch_size: int, device: torch.device) -> None:

@@ -144,9 +144,9 @@ def choose_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     if stored == torch.bfloat16 and device.type == "cuda":
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     elif stored == torch.bfloat16 and device.type == "cpu":
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     elif stored == torch.float16 and device.type == "cpu":
-        fast = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
     else:
         fast = True
     return stored if fast else torch.float32
@@ -154,9 +154,15 @@ def choose_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 def is_first_to_fail() -> bool:
     """Whether no other process of this run has claimed to report its error yet; each call is a claim."""
-    if not dist.is_initialized() or world_size() == 1:
-        return rank() == 0
-    return dist.distributed_c10d._get_default_store().add("llama/failed", 1) == 1
+    if world_size() == 1:
+        return True
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store: there before the group is
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    elif dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+    else:
+        return True  # nobody to ask: better said twice than not at all
+    return store.add("llama/failed", 1) == 1
 
 
 def leave() -> None:

@@ -1,0 +1,31 @@
+"""One process of a run that test_parallel.py starts under torchrun: `parallel_worker.py JOB`.
+
+JOB is a JSON file: "builds" (name → options of `Llama.build`), "prompts" (tokens) and "out", a folder into which
+every process writes what it got as RANK.json.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from llama import Llama, parallel
+
+
+def results(options: dict, prompts: list[list[int]]) -> dict:
+    """Greedy completions with their log-probabilities, and sampled ones."""
+    llama = Llama.build(**options)
+    greedy, logprobs = llama.generate(prompts, 12, 0, logprobs=True, echo=True)
+    sampled, _ = llama.generate(prompts, 12, 1.0, 0.95)
+    return {"seed": llama.seed, "greedy": greedy, "logprobs": logprobs, "sampled": sampled}
+
+
+def main(job: dict) -> None:
+    done = {name: results(options, job["prompts"]) for name, options in job["builds"].items()}
+    done["model_parallel"] = [parallel.model_parallel_rank(), parallel.model_parallel_size(), parallel.world_size()]
+    (Path(job["out"]) / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(done))
+    parallel.leave()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

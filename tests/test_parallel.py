@@ -1,0 +1,294 @@
+"""Several processes under torchrun on gloo do what one does; and the choice of device and dtype."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import save
+from conftest import DEMO, ROOT
+
+from llama import Llama, parallel
+from llama.errors import DeviceError, ParameterError
+
+Done = subprocess.CompletedProcess
+PROMPTS = [[1, 5, 9, 200, 17], [1, 7], [1, 33, 301, 44, 80, 80, 12, 9, 5]]
+SIZES = {"max_seq_len": 64, "max_batch_size": 2}  # fewer slots than prompts: they take turns
+SCRIPTS = ["example_text_completion.py", "example_chat_completion.py"]
+
+
+def torchrun(processes: int, script: Path, *arguments: str) -> Done[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return run_python(*launcher, str(script), *arguments)
+
+
+def run_python(*arguments: str) -> Done[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=180, env=environment)
+
+
+def run_worker(processes: int, folder: Path, builds: dict[str, dict]) -> tuple[list[dict[str, Any]], Done[str]]:
+    """What every rank wrote, and how the run ended."""
+    job = folder / "job.json"
+    job.write_text(json.dumps({"out": str(folder), "prompts": PROMPTS, "builds": builds}))
+    done = torchrun(processes, ROOT / "tests" / "parallel_worker.py", str(job))
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)], done
+
+
+def options(folder: Path, **more: Any) -> dict[str, Any]:
+    given = {"ckpt_dir": str(folder), "tokenizer_path": str(DEMO / "tokenizer.model"), "device": "cpu", **SIZES}
+    return {**given, "dtype": "float32", **more}
+
+
+@pytest.fixture(scope="module")
+def alone(build: Callable[..., Llama]) -> dict[str, Any]:
+    """What one process makes of the prompts."""
+    llama = build(**SIZES)
+    greedy, logprobs = llama.generate(PROMPTS, 12, 0, logprobs=True, echo=True)
+    return {"greedy": greedy, "logprobs": logprobs, "sampled": llama.generate(PROMPTS, 12, 1.0, 0.95)[0]}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, small: dict, weights: dict) -> tuple[list[dict], Done[str]]:
+    """Two processes, each build split over both: of 1, 2 and 4 shards, in bfloat16, with a fresh seed."""
+    out = tmp_path_factory.mktemp("two")
+    folders = {n: save(out / f"shards{n}", small, weights, n) for n in (1, 2, 4)}
+    builds = {f"{n} shards": options(folder) for n, folder in folders.items()}
+    builds["bfloat16"] = options(folders[2], dtype="bfloat16")
+    builds["fresh seed"] = options(folders[1], seed=None)
+    return run_worker(2, out, builds)
+
+
+def assert_same_as_alone(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert found["greedy"] == alone["greedy"]
+    assert found["sampled"] == alone["sampled"]
+    for row, expected in zip(found["logprobs"], alone["logprobs"], strict=True):
+        torch.testing.assert_close(torch.tensor(row), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_two_processes_say_what_one_says(two: tuple, alone: dict[str, Any], shards: int) -> None:
+    """1 → 2, 2 → 2, 4 → 2: the same greedy and sampled tokens, log-probabilities within 1e-4."""
+    ranks, _ = two
+    assert [rank["model_parallel"] for rank in ranks] == [[0, 2, 2], [1, 2, 2]]
+    for rank in ranks:
+        assert_same_as_alone(rank[f"{shards} shards"], alone)
+
+
+def test_all_ranks_decide_alike(two: tuple) -> None:
+    """Also in bfloat16, and with a seed that nobody chose."""
+    first, second = two[0]
+    for name in ("bfloat16", "fresh seed", "1 shards"):
+        assert first[name] == second[name]
+    assert all(len(row) > len(prompt) for row, prompt in zip(first["bfloat16"]["greedy"], PROMPTS, strict=True))
+
+
+def test_only_rank_0_talks(two: tuple) -> None:
+    """One line a build, nothing on stdout (fairscale's announcements are not passed on)."""
+    ranks, done = two
+    lines = [line for line in done.stderr.splitlines() if line.startswith("llama:")]
+    assert done.stdout == ""
+    assert len(lines) == 5 and all("on cpu, split over 2 processes, max_seq_len=64" in line for line in lines)
+    assert f"seed={ranks[0]['fresh seed']['seed']}," in lines[-1]
+
+
+def test_replicas_times_model_parallel_size_is_the_world(
+    tmp_path: Path, small: dict, weights: dict, alone: dict[str, Any]
+) -> None:
+    """Four processes as two replicas of a model split over two."""
+    folder = save(tmp_path / "shards2", small, weights, 2)
+    ranks, done = run_worker(4, tmp_path, {"replicas": options(folder, model_parallel_size=2)})
+    assert [rank["model_parallel"] for rank in ranks] == [[0, 2, 4], [1, 2, 4], [0, 2, 4], [1, 2, 4]]
+    for rank in ranks:
+        assert_same_as_alone(rank["replicas"], alone)
+    assert done.stderr.count("split over 2 processes × 2 replicas") == 1
+
+
+# ------------------------------------------------------------------------------------------------------- the scripts
+
+
+@pytest.fixture(scope="module")
+def demo_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint converted: in bfloat16 the order of a sum over processes may decide between two tokens."""
+    weights = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
+    params = json.loads((DEMO / "params.json").read_text())
+    folder = tmp_path_factory.mktemp("demo")
+    shutil.copy(DEMO / "tokenizer.model", folder)
+    return save(folder, params, {name: tensor.float() for name, tensor in weights.items()})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_under_torchrun_prints_what_it_prints_alone(demo_float32: Path, script: str) -> None:
+    """The demo's answers at temperature 0, and once: from rank 0."""
+    arguments = ["--ckpt_dir", str(demo_float32), "--temperature", "0", "--max_gen_len", "64"]
+    plain = run_python(str(ROOT / script), *arguments)
+    both = torchrun(2, ROOT / script, *arguments)
+    assert plain.returncode == both.returncode == 0, both.stderr
+    assert plain.stdout.strip() and both.stdout == plain.stdout
+    assert both.stderr.count("llama: ") == both.stderr.count("float32 on cpu, split over 2 processes") == 1
+
+
+# ---------------------------------------------------------------------------------------------------- a rank that fails
+
+
+def assert_said_once(done: Done[str], said: str) -> None:
+    """The run failed, with our line once; of the tracebacks (torchrun has its own) none goes through our files."""
+    assert done.returncode != 0
+    assert done.stderr.count(said) == 1, done.stderr
+    assert not re.search(r'File ".*(/llama/|example_|/command\.py)', done.stderr), done.stderr
+
+
+def test_a_checkpoint_that_no_rank_can_read_is_reported_once(tmp_path: Path, small: dict, weights: dict) -> None:
+    folder = save(tmp_path, small, weights, 2)
+    (folder / "consolidated.01.pth").write_text("<html>404</html>")
+    paths = ["--ckpt_dir", str(folder), "--tokenizer_path", str(DEMO / "tokenizer.model")]
+    done = torchrun(2, ROOT / SCRIPTS[0], *paths)
+    assert_said_once(done, f"{SCRIPTS[0]}: {folder}/consolidated.01.pth is an HTML page (16 bytes), not weights")
+
+
+def test_a_world_size_that_divides_nothing_is_reported_once(ckpt_dir: Path) -> None:
+    paths = ["--ckpt_dir", str(ckpt_dir), "--tokenizer_path", str(DEMO / "tokenizer.model")]
+    done = torchrun(3, ROOT / SCRIPTS[1], *paths)
+    assert_said_once(done, "1 shard, but 8 heads cannot be split over 3 processes: start 1, 2 or 4\n")
+
+
+FAIL_ON_RANK_1 = """
+import os, sys, time
+import torch
+from llama import parallel
+from llama.cli import run
+from llama.errors import DeviceError
+
+def command(group):
+    if group:
+        parallel.initialize(torch.device("cpu"), None)
+    if os.environ["RANK"] == "1":
+        raise DeviceError("only this rank's device is missing")
+    time.sleep(60)
+
+run(command)
+"""
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_an_error_of_one_rank_alone_is_reported(tmp_path: Path, group: bool) -> None:
+    """Whichever rank it is, and also before the processes have met, as for a rank without a CUDA device."""
+    script = tmp_path / "command.py"
+    script.write_text(FAIL_ON_RANK_1)
+    assert_said_once(torchrun(2, script, f"--group={group}"), "command.py: only this rank's device is missing\n")
+
+
+# --------------------------------------------------------------------------------------------------- device and dtype
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretend a machine: how many CUDA devices, MPS or not, how many processes, which of them this is."""
+
+    def machine(cuda: int = 0, mps: bool = False, processes: int = 1, local_rank: int = 0) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(parallel, "world_size", lambda: processes)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("has", "asked", "chosen"),
+    [
+        ({}, None, "cpu"),
+        ({"cuda": 1}, None, "cuda:0"),
+        ({"cuda": 1, "mps": True}, None, "cuda:0"),
+        ({"cuda": 4, "processes": 4, "local_rank": 3}, None, "cuda:3"),
+        ({"cuda": 4, "processes": 4, "local_rank": 3}, "cuda", "cuda:3"),
+        ({"cuda": 4}, "cuda:2", "cuda:2"),
+        ({"cuda": 4}, torch.device("cuda", 1), "cuda:1"),
+        ({"cuda": 1}, "cpu", "cpu"),
+        ({"mps": True}, None, "mps"),
+        ({"mps": True}, "mps", "mps"),
+        ({"mps": True, "processes": 2}, None, "cpu"),
+    ],
+)
+def test_the_device_is_the_one_asked_for_or_the_best(
+    machine: Callable[..., None], has: dict[str, Any], asked: Any, chosen: str
+) -> None:
+    machine(**has)
+    assert parallel.choose_device(asked) == torch.device(chosen)
+
+
+@pytest.mark.parametrize(
+    ("has", "asked", "said"),
+    [
+        ({}, "cuda", "device='cuda' was asked for, but "),
+        ({}, "mps", "device='mps' was asked for, but this machine has no MPS device: use device='cpu'"),
+        (
+            {"cuda": 2, "processes": 3, "local_rank": 2},
+            None,
+            "process 2 of this machine wants CUDA device 2, but there are 2: start torchrun with --nproc_per_node 2 or",
+        ),
+        ({"cuda": 1}, "cuda:1", "wants CUDA device 1, but there "),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    machine: Callable[..., None], has: dict[str, Any], asked: Any, said: str
+) -> None:
+    machine(**has)
+    with pytest.raises(DeviceError, match=re.escape(said)):
+        parallel.choose_device(asked)
+
+
+@pytest.mark.parametrize(("built", "said"), [(None, "this PyTorch was built without CUDA"), ("12.8", "sees no CUDA")])
+def test_why_there_is_no_cuda_is_said(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, built: str | None, said: str
+) -> None:
+    machine()
+    monkeypatch.setattr(torch.version, "cuda", built)
+    with pytest.raises(DeviceError, match=said):
+        parallel.choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [(None, None), ("float32", torch.float32), (torch.float16, torch.float16), ("torch.bfloat16", torch.bfloat16)],
+)
+def test_a_dtype_is_parsed(given: Any, dtype: torch.dtype | None) -> None:
+    assert parallel.parse_dtype(given) == dtype
+
+
+@pytest.mark.parametrize("given", ["fp16", "float", torch.int8, 16, "None"])
+def test_a_dtype_that_is_none_of_three_is_refused(given: Any) -> None:
+    with pytest.raises(ParameterError, match="is not supported: use bfloat16, float16, float32"):
+        parallel.parse_dtype(given)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "fast", "chosen"),
+    [
+        (BF16, "cuda", True, BF16), (BF16, "cuda", False, FP32), (FP16, "cuda", False, FP16),
+        (BF16, "cpu", True, BF16), (BF16, "cpu", False, FP32), (FP16, "cpu", True, FP16), (FP16, "cpu", False, FP32),
+        (FP32, "cuda", True, FP32), (FP32, "cpu", False, FP32), (BF16, "mps", False, BF16),
+    ],
+)  # fmt: skip
+def test_the_stored_dtype_is_kept_where_it_is_fast(
+    monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, device: str, fast: bool, chosen: torch.dtype
+) -> None:
+    """Else float32, never another half: float16 would overflow where bfloat16 did not."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if fast else (7, 5))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: fast)
+    assert parallel.choose_dtype(stored, torch.device(device)) == chosen
