@@ -37,7 +37,7 @@ def find_shards(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} has no consolidated.*.pth; {listed}: ckpt_dir is the folder of Meta's .pth files"
         )
-    numbers = {int(m[1]) for name in found if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", name))}
+    numbers = {int(m[1]) for name in found if (m := re.fullmatch(r"consolidated\.(\d\d)\.pth", name))}
     wanted = [f"consolidated.{i:02d}.pth" for i in range(max(max(numbers, default=0) + 1, _listed_shards(folder)))]
     missing = [name for name in wanted if name not in found]
     strange = sorted(set(found) - set(wanted))
@@ -162,7 +162,10 @@ def check_split(args: ModelArgs, shards: int, processes: int) -> None:
 
 
 def fill(model: Transformer, shards: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype) -> None:
-    """Give every parameter of a model on the meta device this rank's slices of the shards, converted on the way."""
+    """Give every parameter of a model on the meta device this rank's slices of the shards, converted on the way.
+
+    The shards must be memory-mapped, as `open_shard` gives them: what has been read of them is let go.
+    """
     shapes = expected_shapes(model.params)
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)

@@ -38,7 +38,7 @@ def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[
         raise LlamaError("--tokenizer_path was given without --ckpt_dir: give both, or neither for the demo checkpoint")
     if tokenizer_path is None:
         folder = Path(str(ckpt_dir))
-        places = [folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"]
+        places = [folder / "tokenizer.model", Path(os.path.abspath(folder)).parent / "tokenizer.model"]
         found = [place for place in places if place.is_file()]
         if not found and folder.is_dir():  # a folder that is not there is the loader's to report
             raise LlamaError(f"no tokenizer.model in {ckpt_dir} or beside it: name it with --tokenizer_path")

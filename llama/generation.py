@@ -79,12 +79,13 @@ class Llama:
             max_batch_size=max_batch_size,
             max_step_tokens=1 if max_step_tokens is None else max_step_tokens,
         )
+        _check_seed(seed)
         place, wanted_dtype = parallel.choose_device(device), parallel.parse_dtype(dtype)
         parallel.initialize(place, model_parallel_size)
         folder = Path(ckpt_dir)
         paths = checkpoint.find_shards(folder)
         args, ignored = read_params(folder)
-        if verify:
+        if verify and parallel.local_rank() == 0:  # once a machine; where it fails, torchrun ends the others
             verify_checklist(folder, progress=parallel.rank() == 0)
         tokenizer = Tokenizer(tokenizer_path)
         shards = [checkpoint.open_shard(path) for path in paths]
@@ -106,11 +107,10 @@ class Llama:
         seed: int | None = 1,
         max_step_tokens: int = STEP_TOKENS_ELSEWHERE,
     ) -> None:
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**64):
-            raise ParameterError(f"seed={seed!r} is out of range: expected an integer from 0 to 2**64 - 1, or None")
+        _check_seed(seed)
         self.model = model
         self.tokenizer = tokenizer
-        self.seed = parallel.agree(secrets.randbits(63)) if seed is None else seed
+        self.seed = parallel.agree(secrets.randbits(63), model.device) if seed is None else seed
         self.engine = Engine(model, model.params.max_batch_size, model.params.max_seq_len, max_step_tokens)
         self._requests_made = 0
 
@@ -330,6 +330,11 @@ def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ParameterError(f"{name}={value!r} is out of range: expected an integer, 1 or more")
+
+
+def _check_seed(seed: int | None) -> None:
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
+        raise ParameterError(f"seed={seed!r} is out of range: expected an integer from 0 to 2**64 - 1, or None")
 
 
 def _raise_first(outputs: list[Output]) -> None:

@@ -26,6 +26,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
+def local_rank() -> int:
+    """This process's number among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def world_size() -> int:
     """How many processes torchrun started; 1 for a plain python run."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
@@ -85,18 +90,17 @@ def _join_process_group(device: torch.device) -> None:
     dist.init_process_group("solo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def agree(number: int) -> int:
-    """Rank 0's number, on every rank."""
+def agree(number: int, device: torch.device) -> int:
+    """Rank 0's number, on every rank; `device` is the one that this rank's collectives use."""
     if world_size() == 1:
         return number
     numbers = [number]
-    dist.broadcast_object_list(numbers, src=0)
+    dist.broadcast_object_list(numbers, src=0, device=device)
     return numbers[0]
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
     """The device of this rank: the one asked for, else CUDA, else MPS, else the CPU. CUDA goes by LOCAL_RANK."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if name == "mps" and world_size() > 1:
@@ -106,7 +110,7 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     except (RuntimeError, TypeError):
         raise ParameterError(f"device={name!r} is not a device: use cuda, mps or cpu") from None
     if device.type == "cuda":
-        return _cuda_device(device, local_rank)
+        return _cuda_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device='mps' was asked for, but this machine has no MPS device: use device='cpu'")
     if device.type not in ("cpu", "mps"):
@@ -114,15 +118,15 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def _cuda_device(device: torch.device, local_rank: int) -> torch.device:
+def _cuda_device(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
         why = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch sees no CUDA device"
         raise DeviceError(f"device='cuda' was asked for, but {why}: use device='cpu', or install a CUDA build")
-    index = local_rank if device.index is None else device.index
+    index = local_rank() if device.index is None else device.index
     count = torch.cuda.device_count()
     if index >= count:
         raise DeviceError(
-            f"process {local_rank} of this machine wants CUDA device {index}, but there are {count}:"
+            f"process {local_rank()} of this machine wants CUDA device {index}, but there are {count}:"
             f" start torchrun with --nproc_per_node {count} or fewer"
         )
     return torch.device("cuda", index)
@@ -162,7 +166,7 @@ def is_first_to_fail() -> bool:
         store = dist.distributed_c10d._get_default_store()
     else:
         return True  # nobody to ask: better said twice than not at all
-    return store.add("llama/failed", 1) == 1
+    return store.add(f"llama/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
 
 
 def leave() -> None:

@@ -1,0 +1,83 @@
+"""The KV cache holds what was written, and attention over it is the textbook's, for any packed spans."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llama.attention import attention, span_masks
+from llama.kv_cache import KVCache
+from llama.step import Step
+
+CPU = torch.device("cpu")
+
+
+def cache_of(kv_heads: int, slots: int = 4, positions: int = 20, head_dim: int = 8, layers: int = 2) -> KVCache:
+    return KVCache(layers, kv_heads, slots, positions, head_dim, torch.float32, CPU)
+
+
+def naive(queries: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """Queries (n, H, D) at positions start … over keys and values (length, K, D), one head and query at a time."""
+    out = torch.empty_like(queries)
+    group = queries.shape[1] // keys.shape[1]
+    for i in range(queries.shape[0]):
+        for head in range(queries.shape[1]):
+            seen = slice(0, start + i + 1)
+            scores = keys[seen, head // group] @ queries[i, head] / math.sqrt(queries.shape[2])
+            out[i, head] = scores.softmax(0) @ values[seen, head // group]
+    return out
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_attention_is_the_textbooks(group: int, data: st.DataObject) -> None:
+    """Whole prompts, chunks and single tokens, in any slots and any mixture."""
+    kv_heads, head_dim = data.draw(st.sampled_from([1, 2, 3])), 8
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    cache = cache_of(kv_heads, head_dim=head_dim)
+    slots = data.draw(st.permutations(range(4)))[: data.draw(st.integers(1, 4))]
+    spans = [(slot, data.draw(st.integers(0, 10)), data.draw(st.integers(1, 9))) for slot in slots]
+    full = {slot: torch.randn(2, start + n, kv_heads, head_dim, generator=g) for slot, start, n in spans}
+    for slot, start, _ in spans:  # what earlier steps wrote
+        rows = cache.rows(torch.full((start,), slot), torch.arange(start))
+        cache.write(1, rows, full[slot][0, :start], full[slot][1, :start])
+    step = Step.pack([(slot, start, [5] * n) for slot, start, n in spans], [], CPU)
+    new = torch.cat([full[slot][:, start:] for slot, start, _ in spans], dim=1)
+    cache.write(1, cache.rows(step.slots, step.positions), new[0], new[1])
+    queries = torch.randn(len(step.tokens), kv_heads * group, head_dim, generator=g)
+    out = attention(queries, cache, 1, span_masks(step))
+    for span in step.spans:
+        expected = naive(queries[span.rows], *full[span.slot], span.start)
+        assert torch.allclose(out[span.rows], expected, atol=1e-5)
+
+
+def test_views_share_memory_and_prefixes_copy_exactly() -> None:
+    """`view` is what was written, without a copy; `copy_prefix` copies its range in every layer and nothing else."""
+    cache = cache_of(2)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.copy_(torch.randn(tensor.shape))
+    before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
+    cache.copy_prefix(1, 3, 7, start=2)
+    for tensor, old in zip((*cache.keys, *cache.values), before, strict=True):
+        old[:, 3, 2:7] = old[:, 1, 2:7]
+        assert torch.equal(tensor, old)
+    keys, values = cache.view(1, 3, 5)
+    assert keys.shape == values.shape == (2, 5, 8)
+    assert keys.data_ptr() == cache.keys[1][:, 3].data_ptr()
+
+
+def test_writes_go_to_their_slots_and_positions_alone() -> None:
+    cache = cache_of(2)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.zero_()
+    keys, values = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
+    cache.write(0, cache.rows(torch.tensor([2, 0, 2]), torch.tensor([4, 19, 0])), keys, values)
+    for row, (slot, position) in enumerate([(2, 4), (0, 19), (2, 0)]):
+        assert torch.equal(cache.keys[0][:, slot, position], keys[row])
+        assert torch.equal(cache.values[0][:, slot, position], values[row])
+    assert int((cache.keys[0] != 0).any(-1).sum()) == 6
+    assert not cache.keys[1].any()

@@ -1,0 +1,187 @@
+"""Sampling: each filter is its definition, draws follow the distribution, and noise is a pure function."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llama.sampling as sampling
+from llama.request import SamplingParams
+from llama.sampling import adjust, derive_seed, noise_key, sample, top_logprobs, uniform
+
+
+def draw(logits: torch.Tensor, noise: list[float], temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> list[int]:
+    """One draw a number of noise, all rows with the same logits (V,) or their own (R, V)."""
+    rows = len(noise)
+    logits = logits.expand(rows, -1)
+    fill = [torch.full((rows,), float(value)) for value in (temperature, top_p, min_p)]
+    k = torch.full((rows,), top_k)
+    return sample(logits, fill[0], fill[1], k, fill[2], torch.tensor(noise)).tolist()
+
+
+def kept(logits: torch.Tensor, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> dict[int, float]:
+    """The definition, slowly: what the filters keep, with renormalised probabilities, by token."""
+    probs = torch.softmax(logits / temperature, -1).double().tolist()
+    order = sorted(range(len(probs)), key=lambda token: (-probs[token], token))
+    order = order[: top_k or None]
+    mass = sum(probs[token] for token in order) if top_k else 1.0
+    chosen, before = [], 0.0
+    for token in order:
+        if before <= top_p * mass and probs[token] >= min_p * probs[order[0]]:
+            chosen.append(token)
+        before += probs[token]
+    total = sum(probs[token] for token in chosen)
+    return {token: probs[token] / total for token in sorted(chosen)}
+
+
+def critical(freedom: int) -> float:
+    """The chi-squared value that is exceeded by chance once in 10,000 (Wilson and Hilferty's approximation)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+FILTERS = [
+    {}, {"temperature": 0.6}, {"temperature": 1.7}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.15},
+    {"temperature": 0.9, "top_k": 12, "top_p": 0.85, "min_p": 0.05},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("source", ["seeds", "positions"])
+def test_draws_follow_the_distribution(filters: dict, source: str) -> None:
+    """Chi-squared over 20,000 draws, with the noise of many requests or of many positions of one."""
+    logits = torch.randn(24, generator=torch.Generator().manual_seed(1)) * 1.5
+    n = 20_000
+    if source == "seeds":
+        noise = [uniform(noise_key(seed, [1, 5, 9]), 3) for seed in range(n)]
+    else:
+        key = noise_key(7, [1, 5, 9])
+        noise = [uniform(key, position) for position in range(n)]
+    counts = Counter(draw(logits, noise, **filters))
+    expected = kept(logits, **filters)
+    assert set(counts) <= set(expected)
+    big = {token: p for token, p in expected.items() if p * n >= 5}
+    chi = sum((counts[token] - p * n) ** 2 / (p * n) for token, p in big.items())
+    assert chi < critical(len(big) - 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6), vocab=st.sampled_from([1, 2, 30, 257, 700]), spread=st.sampled_from([0.1, 2.0, 8.0]),
+    ties=st.booleans(), top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]), top_k=st.sampled_from([0, 1, 5, 256, 300]),
+    min_p=st.sampled_from([0.0, 0.01, 0.5, 1.0]), noise=st.floats(0, 1, exclude_max=True, width=32),
+)  # fmt: skip
+def test_the_draw_is_the_definitions(
+    seed: int, vocab: int, spread: float, ties: bool, top_p: float, top_k: int, min_p: float, noise: float
+) -> None:
+    """The token in which noise · kept mass falls, in the order of ids; neighbours at a boundary are forgiven."""
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * spread
+    if ties:
+        logits = logits.round()
+    expected = kept(logits, 1.0, top_p, top_k, min_p)
+    token = draw(logits, [noise], top_p=top_p, top_k=top_k, min_p=min_p)[0]
+    probs = torch.softmax(logits, -1)
+    edge = min(probs[list(expected)].tolist())
+    if token in expected:
+        before = sum(p for other, p in expected.items() if other < token)
+        assert before - 2e-3 <= noise <= before + expected[token] + 2e-3
+    else:  # a rounding error at the edge of the kept set
+        assert probs[token] == pytest.approx(edge, rel=0.2)
+
+
+def test_candidates_give_what_a_full_sort_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a row is drawn from its best candidates or from a full sort, the token is the same; ties included."""
+    g = torch.Generator().manual_seed(0)
+    noise = torch.rand(40, generator=g).tolist()
+    logits = torch.randn(40, 2000, generator=g) * torch.linspace(0.5, 6, 40)[:, None]
+    for rows in (logits, logits.round()):
+        for filters in ({"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}, {"top_p": 0.7, "top_k": 80, "min_p": 0.01}):
+            fast = draw(rows, noise, **filters)
+            monkeypatch.setattr(sampling, "CANDIDATES", 10_000)
+            assert draw(rows, noise, **filters) == fast
+            monkeypatch.undo()
+
+
+def test_rows_do_not_depend_on_each_other() -> None:
+    """A batch of mixed parameters draws what each row draws alone; temperature 0 takes the largest logit."""
+    g = torch.Generator().manual_seed(2)
+    logits = torch.randn(12, 500, generator=g) * 3
+    columns = [torch.rand(12, generator=g) for _ in range(3)]
+    temperature = torch.tensor([0, 1.0, 0.5] * 4)
+    top_k = torch.tensor([0, 3, 0, 40] * 3)
+    together = sample(logits, temperature, columns[0], top_k, columns[1], columns[2])
+    for i in range(12):
+        one = slice(i, i + 1)
+        alone = sample(logits[one], temperature[one], columns[0][one], top_k[one], columns[1][one], columns[2][one])
+        assert alone[0] == together[i]
+    greedy = temperature == 0
+    assert torch.equal(together[greedy], logits.argmax(-1)[greedy])
+
+
+@pytest.mark.parametrize("noise", [0.0, 1 - 2**-24])
+@pytest.mark.parametrize("filters", FILTERS)
+def test_extreme_noise_draws_a_kept_token(noise: float, filters: dict) -> None:
+    logits = torch.tensor([-math.inf, 2.0, 1.0, -math.inf, 0.5, 0.1, -9.0, -math.inf])
+    tokens = draw(logits, [noise], **filters)
+    expected = [token for token, p in kept(logits, **filters).items() if p > 0]
+    assert tokens == [expected[0] if noise == 0 else expected[-1]]
+
+
+def test_noise_is_a_function_of_seed_prompt_and_position() -> None:
+    """Numbers in [0, 1), exact in float32, and other ones for another seed, prompt or position."""
+    keys = [noise_key(seed, prompt) for seed in (0, 1, 2**64 - 1) for prompt in ([1], [1, 2], [2, 1], [1, 1])]
+    numbers = [uniform(key, position) for key in keys for position in range(50)]
+    assert len(set(numbers)) == len(numbers)
+    assert all(0 <= number < 1 and float(torch.tensor(number)) == number for number in numbers)
+    assert numbers == [uniform(key, position) for key in keys for position in range(50)]
+    assert 0.45 < sum(numbers) / len(numbers) < 0.55
+    seeds = {derive_seed(seed, counter) for seed in (1, 2) for counter in range(100)}
+    assert len(seeds) == 200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def changed(
+    logits: list[float], prompt: list[int], made: list[int], stops: tuple = (), **params: object
+) -> list[float]:
+    return adjust(torch.tensor(logits), SamplingParams(**params), prompt, made, frozenset(stops)).tolist()
+
+
+INF = -math.inf
+
+
+@pytest.mark.parametrize(
+    ("params", "made", "stops", "expected"),
+    [
+        ({"logit_bias": {1: 0.5, 3: INF}}, [], (), [2.0, -0.5, 0.5, INF]),
+        ({"repetition_penalty": 2.0}, [2], (), [1.0, -2.0, 0.25, -2.0]),
+        ({"presence_penalty": 0.5}, [2, 2], (), [2.0, -1.0, 0.0, -2.0]),
+        ({"frequency_penalty": 0.5}, [2, 2, 3], (), [2.0, -1.0, -0.5, -2.5]),
+        ({"bad_words": [[3]]}, [], (), [2.0, -1.0, 0.5, INF]),
+        ({"bad_words": [[2, 3], [3, 0]]}, [2], (), [2.0, -1.0, 0.5, INF]),
+        ({"bad_words": [[0, 1, 2]]}, [], (), [2.0, -1.0, INF, -2.0]),
+        ({"bad_words": [[0, 1, 2]]}, [3], (), [2.0, -1.0, 0.5, -2.0]),
+        ({"bad_words": [[1, 2, 3]]}, [2], (), [2.0, -1.0, 0.5, INF]),
+        ({"min_gen_len": 2}, [3], (0, 2), [INF, -1.0, INF, -2.0]),
+        ({"min_gen_len": 2}, [3, 3], (0, 2), [2.0, -1.0, 0.5, -2.0]),
+        ({"logit_bias": {0: 2.0}, "repetition_penalty": 2.0, "presence_penalty": 1.0}, [0], (), [1.0, -2.0, 0.5, -2.0]),
+    ],
+)
+def test_adjust(params: dict, made: list[int], stops: tuple, expected: list[float]) -> None:
+    """Numbers by hand, for logits 2, −1, 0.5, −2 after the prompt 0 1; the order is bias, repetition, the others."""
+    logits = [2.0, -1.0, 0.5, -2.0]
+    assert changed(logits, [0, 1], made, stops, **params) == pytest.approx(expected)
+
+
+def test_plain_params_change_nothing() -> None:
+    assert SamplingParams().plain
+    for field in ({"logit_bias": {1: 1.0}}, {"min_gen_len": 1}, {"repetition_penalty": 1.1}, {"bad_words": [[1]]},
+                  {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}):  # fmt: skip
+        assert not SamplingParams(**field).plain
+
+
+def test_top_logprobs_are_the_best_in_order() -> None:
+    rows = torch.tensor([[-3.0, -1.0, -2.0], [-0.5, -4.0, -1.0]])
+    assert top_logprobs(rows, 2) == [{1: -1.0, 2: -2.0}, {0: -0.5, 2: -1.0}]
+    assert [list(top) for top in top_logprobs(rows, 9)] == [[1, 2, 0], [0, 2, 1]]
