@@ -33,8 +33,10 @@ class Tokenizer:
         if self.bos_id < 0 or self.eos_id < 0:
             raise TokenizerError(f"tokenizer {path} has no begin or end token: get Llama-2's tokenizer.model")
         space = self.sp_model.piece_to_id(SPACE)
-        # Decoding drops the first space where encoding adds one ("dummy prefix"): ask the model, do not assume it.
-        self.strips_first_space = self.sp_model.decode([space, space]) != "  "
+        # Decoding drops a first space where encoding adds one ("dummy prefix"), and all first spaces where encoding
+        # removes them: ask the model, do not assume it.
+        left = self.sp_model.decode([space, space])
+        self.strips_first_space, self.strips_first_spaces = left != "  ", left == ""
         self._surfaces: dict[int, str | int] = {}
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
@@ -42,9 +44,10 @@ class Tokenizer:
         if not isinstance(s, str):
             raise PromptError(f"only text can be encoded, but this is {type(s).__name__}: {s!r:.60}")
         try:
-            tokens = self.sp_model.encode(s)
+            s.encode()
         except UnicodeEncodeError:
             raise PromptError("the text holds half a surrogate pair, which has no UTF-8 form: remove it") from None
+        tokens = self.sp_model.encode(s)
         return [self.bos_id] * bos + tokens + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int]) -> str:
@@ -142,12 +145,10 @@ class StreamDecoder:
             self._bytes += bytes([surface])
             self._at_start = False
             return self._characters(end=False)
-        if not surface:
-            return ""
-        text = self._characters(end=True)
-        if self._at_start:
+        text = self._characters(end=True)  # a control token ends a run of bytes too
+        if self._at_start and surface:
             surface = surface.removeprefix(SPACE)
-            self._at_start = False
+            self._at_start = self._tokenizer.strips_first_spaces and not surface
         return text + surface.replace(SPACE, " ")
 
     def _characters(self, end: bool) -> str:

@@ -1,0 +1,56 @@
+"""What a run needs is counted right, and what an error says fits does fit."""
+
+import re
+
+import pytest
+import torch
+
+from llama.checkpoint import expected_shapes
+from llama.errors import DeviceError
+from llama.memory import Need, check_fits, free_bytes, need
+from llama.model import ModelArgs
+
+CPU = torch.device("cpu")
+ARGS = ModelArgs(dim=64, n_layers=3, n_heads=8, n_kv_heads=4, vocab_size=500, multiple_of=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_and_cache_are_counted_to_the_byte(dtype: torch.dtype) -> None:
+    counted = need(ARGS, dtype, 1, 128)
+    parameters = sum(torch.Size(shape).numel() for shape in expected_shapes(ARGS).values())
+    assert counted.weights == parameters * dtype.itemsize
+    assert counted.cache_per_token == 2 * 3 * 4 * 8 * dtype.itemsize
+    half = need(ARGS, dtype, 2, 128)
+    norms = (2 * 3 + 1) * 64
+    assert half.weights == ((parameters - norms) // 2 + norms) * dtype.itemsize
+    assert half.cache_per_token == counted.cache_per_token // 2
+    assert counted.workspace > 3 * 128 * 500 * 4
+
+
+def test_sizes_in_the_message_fit_and_one_more_does_not() -> None:
+    needed = Need(weights=1000, cache_per_token=10, workspace=500)
+    check_fits(needed, 1500 + 10 * 64, 16, 4, CPU)
+    with pytest.raises(DeviceError) as error:
+        check_fits(needed, 1500 + 10 * 64 - 1, 16, 4, CPU)
+    message = str(error.value)
+    assert message.startswith("not enough memory on cpu: weights 0.00 GB + KV cache 0.00 GB + workspace 0.00 GB")
+    total = int(re.search(r"max_seq_len × max_batch_size up to (\d+)", message)[1])
+    batch = int(re.search(r"max_batch_size=(\d+) at max_seq_len=16", message)[1])
+    length = int(re.search(r"max_seq_len=(\d+) at max_batch_size=4", message)[1])
+    assert (total, batch, length) == (63, 3, 15)
+    check_fits(needed, 1500 + 10 * 64 - 1, 16, batch, CPU)
+    check_fits(needed, 1500 + 10 * 64 - 1, length, 4, CPU)
+
+
+def test_weights_that_leave_no_room_say_so() -> None:
+    with pytest.raises(DeviceError, match="the weights alone leave no room"):
+        check_fits(Need(1000, 10, 500), 1200, 16, 4, CPU)
+    with pytest.raises(DeviceError, match=r"up to 2 fits$"):
+        check_fits(Need(1000, 10, 500), 1525, 16, 4, CPU)
+
+
+def test_processes_of_one_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = free_bytes(CPU)
+    assert 0 < alone < 1 << 50
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes(CPU) < alone / 2

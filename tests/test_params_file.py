@@ -1,0 +1,80 @@
+"""params.json: sizes are read, switched-off and harmless keys are ignored and named, all else is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llama.errors import CheckpointError
+from llama.model import ModelArgs
+from llama.params_file import read_params
+
+GOOD = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    (folder / "params.json").write_text(json.dumps({**GOOD, **changes}))
+    return folder
+
+
+def test_sizes_are_read(tmp_path: Path) -> None:
+    args, ignored = read_params(write(tmp_path, n_kv_heads=4, ffn_dim_multiplier=1.3, rope_theta=1e6))
+    assert (args.dim, args.kv_heads, args.head_dim, args.rope_theta, args.vocab_size) == (64, 4, 8, 1e6, -1)
+    assert ignored == []
+    assert read_params(write(tmp_path, n_kv_heads=None))[0].kv_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hidden"),
+    [
+        ({"dim": 4096, "multiple_of": 256}, 11008),
+        ({"dim": 5120, "multiple_of": 256}, 13824),
+        ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672),
+    ],
+)
+def test_hidden_dims_are_those_of_7b_13b_70b(sizes: dict, hidden: int) -> None:
+    assert ModelArgs(**sizes).hidden_dim == hidden
+
+
+def test_harmless_keys_are_named(tmp_path: Path) -> None:
+    _, ignored = read_params(write(tmp_path, max_seq_len=99, name="x", use_scaled_rope=False, moe=None))
+    assert ignored == ["max_seq_len", "name", "use_scaled_rope", "moe"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_scaled_rope": True}, "sets use_scaled_rope=true, which Llama-2 does not have"),
+        ({"lora_args": {"rank": 8}}, "sets lora_args="),
+        ({"dim": 0}, "sets dim=0: expected a positive integer"),
+        ({"dim": 64.0}, "sets dim=64.0: expected a positive integer"),
+        ({"n_layers": "2"}, "sets n_layers='2'"),
+        ({"n_heads": True}, "sets n_heads=True"),
+        ({"vocab_size": -2}, "sets vocab_size=-2"),
+        ({"norm_eps": -1}, "sets norm_eps=-1: expected a positive number"),
+        ({"rope_theta": "x"}, "sets rope_theta='x'"),
+        ({"multiple_of": None}, "sets multiple_of=None"),
+        ({"n_heads": 7}, "does not split into n_heads=7 heads of even size"),
+        ({"n_heads": 64}, "does not split into n_heads=64 heads of even size"),
+        ({"n_kv_heads": 3}, "n_heads=8 is not a multiple of n_kv_heads=3"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_by_name(tmp_path: Path, changes: dict, said: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        read_params(write(tmp_path, **changes))
+    assert str(error.value).startswith(str(tmp_path / "params.json"))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "is missing"), ("{", "is not JSON"), ("<html>", "is not JSON"), ("[1]", "holds a JSON list"),
+        ('{"dim": 64}', "lacks n_layers, n_heads"), ("\udcff", "is not JSON"),
+    ],
+)  # fmt: skip
+def test_what_is_no_params_file_is_named(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "params.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=said):
+        read_params(tmp_path)

@@ -1,0 +1,72 @@
+"""`SamplingParams`: every field out of its range names itself, its value and its range."""
+
+import dataclasses
+import math
+
+import pytest
+
+from llama.errors import ParameterError
+from llama.request import SAMPLING_FIELDS, SamplingParams
+
+NAN, INF = math.nan, math.inf
+BAD = {
+    "temperature": [-0.1, NAN, INF, "1", None, True], "top_p": [0, 1.01, -1, NAN, "0.9", False],
+    "top_k": [-1, 1.5, "3", True, None], "min_p": [-0.1, 1.1, NAN], "repetition_penalty": [0, -1, NAN, INF],
+    "presence_penalty": [NAN, INF, "1"], "frequency_penalty": [NAN, -INF, None], "length_penalty": [NAN, INF],
+    "min_gen_len": [-1, 1.0, None], "max_gen_len": [-1, 2.5, "8", True], "stop": [5, [""], ["a", 3], b"x"],
+    "stop_token_ids": [5, [-1], ["a"], [True]], "bad_words": [[[]], [5], ["ab"], [[1, -2]]],
+    "logit_bias": [[1], {"a": 1.0}, {1: NAN}, {1: INF}, {-1: 0.0}, {1: "x"}], "seed": [-1, 2**64, 1.0, "7"],
+    "n": [0, -1, 1.5, None], "num_beams": [0, 2.0], "top_logprobs": [-1, True, 1.5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_out_of_range_names_itself_its_value_and_its_range(name: str, value: object) -> None:
+    with pytest.raises(ParameterError) as error:
+        SamplingParams(**{name: value})
+    message = str(error.value)
+    assert message.startswith(name)
+    shown = repr(next(iter(value))) if isinstance(value, dict) else repr(value)
+    assert shown in message
+    assert "expected" in message or "is not a" in message
+
+
+def test_every_field_has_bad_values_here() -> None:
+    assert set(BAD) | {"logprobs"} == set(SAMPLING_FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"min_gen_len": 5, "max_gen_len": 4}, "min_gen_len=5 is more than max_gen_len=4"),
+        ({"num_beams": 2, "n": 2}, "num_beams=2 with n=2"),
+    ],
+)
+def test_contradictions(fields: dict, said: str) -> None:
+    with pytest.raises(ParameterError, match=said):
+        SamplingParams(**fields)
+
+
+def test_the_limits_themselves_are_in_range() -> None:
+    SamplingParams(
+        temperature=0, top_p=1, min_p=1, seed=2**64 - 1, max_gen_len=0, top_k=0, n=1, logit_bias={0: -INF}, stop="x"
+    )
+    SamplingParams(top_p=1e-9, min_p=0, seed=0, min_gen_len=4, max_gen_len=4, presence_penalty=-2)
+
+
+def test_defaults_are_metas() -> None:
+    params = SamplingParams()
+    assert (params.temperature, params.top_p, params.max_gen_len, params.logprobs) == (0.6, 0.9, None, False)
+    assert params.plain
+    assert (params.n, params.num_beams, params.stop, params.seed) == (1, 1, (), None)
+
+
+def test_frozen_and_one_string_is_one_stop() -> None:
+    params = SamplingParams(stop="User:", bad_words=[[1, 2]], stop_token_ids=[3])
+    assert (params.stop, params.bad_words, params.stop_token_ids) == (("User:",), ((1, 2),), (3,))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.top_p = 0.5
+    bias = {1: 2.0}
+    params = SamplingParams(logit_bias=bias)
+    bias[1] = 99.0
+    assert params.logit_bias == {1: 2.0}

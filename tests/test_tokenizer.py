@@ -1,0 +1,152 @@
+"""Text and tokens: pieces and streams join to exactly what SentencePiece decodes; wrong files are named."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from conftest import DEMO
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama.errors import PromptError, TokenizerError
+from llama.tokenizer import StreamDecoder, Tokenizer
+
+DEMO_TOKENIZER = Tokenizer(str(DEMO / "tokenizer.model"))
+BYTES = st.integers(3, 258)  # the byte tokens follow <unk>, <s>, </s>
+TOKENS = st.lists(st.integers(0, DEMO_TOKENIZER.n_words - 1) | BYTES | st.sampled_from([0, 1, 2]), max_size=30)
+
+
+def test_special_tokens() -> None:
+    t = DEMO_TOKENIZER
+    assert (t.bos_id, t.eos_id, t.pad_id) == (1, 2, -1)
+    assert t.n_words == t.sp_model.vocab_size()
+    plain = t.encode("a cat", bos=False, eos=False)
+    assert t.encode("a cat", bos=True, eos=True) == [1, *plain, 2]
+    assert all(t.sp_model.is_byte(token) for token in range(3, 259))
+
+
+@given(st.text(max_size=60))
+def test_any_text_round_trips(text: str) -> None:
+    """Byte fallback: no text is lost, whatever its characters (but NUL, where SentencePiece ends a text)."""
+    text = text.replace("\0", "")
+    tokens = DEMO_TOKENIZER.encode(text, bos=True, eos=True)
+    assert DEMO_TOKENIZER.decode(tokens) == text
+    assert "".join(DEMO_TOKENIZER.pieces(tokens)) == text
+
+
+@settings(max_examples=400)
+@given(TOKENS)
+def test_pieces_and_streams_join_to_decode(tokens: list[int]) -> None:
+    """For every sequence of tokens, control tokens and invalid UTF-8 included; one piece a token."""
+    check_joins(DEMO_TOKENIZER, tokens)
+
+
+def check_joins(tokenizer: Tokenizer, tokens: list[int]) -> None:
+    whole = tokenizer.decode(tokens)
+    pieces = tokenizer.pieces(tokens)
+    assert len(pieces) == len(tokens)
+    assert "".join(pieces) == whole
+    decoder, text = StreamDecoder(tokenizer), ""
+    for n, token in enumerate(tokens, 1):
+        text += decoder.feed(token)
+        so_far = tokenizer.decode(tokens[:n])
+        assert so_far.startswith(text)
+        # Held back: only bytes at the end that may yet become a character, which decoding shows as replacements.
+        assert set(so_far[len(text) :]) <= {"\ufffd"}
+        assert len(so_far) - len(text) <= 3
+    assert text + decoder.flush() == whole
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_stop_strings_cut_at_their_first_place(data: st.DataObject) -> None:
+    """The text ends where a stop string begins, at the first token that completes one; held back is no more than
+    what might begin one."""
+    tokens = data.draw(TOKENS)
+    whole = DEMO_TOKENIZER.decode(tokens)
+    inside = st.builds(lambda a, n: whole[a : a + n], st.integers(0, max(0, len(whole) - 1)), st.integers(1, 6))
+    stops = [stop for stop in data.draw(st.lists(inside | st.text(min_size=1, max_size=3), max_size=3)) if stop]
+    decoder, text = StreamDecoder(DEMO_TOKENIZER, stops), ""
+    plain, seen = StreamDecoder(DEMO_TOKENIZER), ""
+    for token in [*tokens, None]:
+        feed = (lambda d: d.flush()) if token is None else (lambda d, token=token: d.feed(token))
+        text, seen = text + feed(decoder), seen + feed(plain)
+        places = [seen.index(stop) for stop in stops if stop in seen]
+        assert decoder.stopped == bool(places)
+        if places:
+            assert text == seen[: min(places)]
+            return
+        held = seen[len(text) :]
+        assert not held or any(stop.startswith(held) and stop != held for stop in stops)
+    assert text == seen == whole
+
+
+def test_nothing_comes_after_a_stop() -> None:
+    tokens = DEMO_TOKENIZER.encode("a cat and a dog", bos=False, eos=False)
+    decoder = StreamDecoder(DEMO_TOKENIZER, ["cat"])
+    assert "".join(map(decoder.feed, tokens * 2)) + decoder.flush() == "a "
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
+    """Train a small tokenizer on the spot."""
+
+    def train(name: str, **options: object) -> Tokenizer:
+        model = io.BytesIO()
+        lines = ["a cat sat on a mat", "the dog and the cat", "  two  spaces here", "what is a dog?"] * 4
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=300, model_type="bpe", byte_fallback=True,
+            hard_vocab_limit=False, minloglevel=2, **options,
+        )  # fmt: skip
+        path = tmp_path_factory.mktemp("tokenizer") / f"{name}.model"
+        path.write_bytes(model.getvalue())
+        return Tokenizer(str(path))
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"add_dummy_prefix": False, "remove_extra_whitespaces": False}, {"remove_extra_whitespaces": False},
+     {"add_dummy_prefix": False}],
+)  # fmt: skip
+def test_other_tokenizers_join_too(train: Callable[..., Tokenizer], options: dict) -> None:
+    """Whatever a tokenizer does with spaces, pieces join to its own decoding."""
+    tokenizer = train("other", **options)
+    for text in ("a cat", " a cat", "  a  cat ", "dog\n\tcat", "é\U0001f600", ""):
+        check_joins(tokenizer, tokenizer.encode(text, bos=True, eos=True))
+    space = tokenizer.sp_model.piece_to_id("\u2581")
+    check_joins(tokenizer, [space, space, 1, space, *tokenizer.encode("a cat", bos=False, eos=False)])
+
+
+def test_half_a_surrogate_is_refused() -> None:
+    with pytest.raises(PromptError, match="half a surrogate"):
+        DEMO_TOKENIZER.encode("a\ud800", bos=True, eos=False)
+    with pytest.raises(PromptError, match="this is int: 5"):
+        DEMO_TOKENIZER.encode(5, bos=True, eos=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (None, "does not exist: check tokenizer_path"),
+        ("folder", "is a folder: tokenizer_path is the tokenizer.model file itself"),
+        (b"", "is empty (0 bytes)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a git-lfs pointer (46 bytes)"),
+        (b"\n<!DOCTYPE html><html>", "is an HTML page (22 bytes)"),
+        (b"IQ== 0\nIg== 1\n", "is a Llama-3 (tiktoken) file (14 bytes)"),
+        (b"\x80\x02garbage" * 9, "(81 bytes) is not a SentencePiece model"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path: Path, data: bytes | str | None, said: str) -> None:
+    path = tmp_path / "tokenizer.model"
+    if data == "folder":
+        path.mkdir()
+    elif data is not None:
+        path.write_bytes(data)
+    with pytest.raises(TokenizerError) as error:
+        Tokenizer(str(path))
+    assert str(error.value).startswith(f"tokenizer {path} ")
+    assert said in str(error.value)
