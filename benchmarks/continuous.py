@@ -3,7 +3,7 @@
 transformers runs them in batches of 16, left-padded, each until its longest completion ends. Tokens that were not
 asked for do not count. Also shown: the time that llama spends outside the model's forward and the choice of tokens.
 
-python benchmarks/continuous.py [--runs 3] [--requests 256] [--dir FOLDER]
+python benchmarks/continuous.py [--runs 3] [--peer_runs 3] [--requests 256] [--dir FOLDER]
 """
 
 import random
@@ -42,7 +42,7 @@ class Stopwatch:
             self.seconds += time.perf_counter() - begin
 
 
-def main(runs: int = 3, requests: int = 256, dir: str | None = None) -> None:
+def main(runs: int = 3, requests: int = 256, dir: str | None = None, peer_runs: int | None = None) -> None:
     rng = random.Random(0)
     lengths = [rng.randint(16, 512) for _ in range(requests)]
     new_tokens = [rng.randint(16, 256) for _ in range(requests)]
@@ -54,16 +54,17 @@ def main(runs: int = 3, requests: int = 256, dir: str | None = None) -> None:
         peer.generate(prompts[:2], 4)
         times: dict[str, list[float]] = {"llama": [], peer.name: []}
         overheads = []
-        for _ in range(runs):
+        for run in range(runs):
             seconds, overhead = time_llama(runner, prompts, new_tokens)
             times["llama"].append(seconds)
             overheads.append(overhead)
-            times[peer.name].append(time_transformers(peer, prompts, new_tokens))
+            if run < (runs if peer_runs is None else peer_runs):
+                times[peer.name].append(time_transformers(peer, prompts, new_tokens))
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(header())
     print(
         f"134M bf16, {requests} requests, {sum(lengths)} prompt and {sum(new_tokens)} new tokens, {SLOTS} slots;"
-        f" median of {runs}\n"
+        " median of the runs listed\n"
     )
     print(table(["runner", "seconds", "new tokens/s", "all runs"], [
         [name, f"{median:.1f}", f"{sum(new_tokens) / median:.0f}", ", ".join(f"{t:.1f}" for t in times[name])]

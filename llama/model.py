@@ -8,12 +8,12 @@ Source: "Llama 2: Open Foundation and Fine-Tuned Chat Models", https://arxiv.org
 from dataclasses import dataclass
 
 import torch
-from fairscale.nn.model_parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from llama.attention import SpanMask, attention, span_masks
 from llama.kv_cache import KVCache
+from llama.linear import column_parallel, parallel_embedding, row_parallel
 from llama.parallel import model_parallel_size
 from llama.step import Step
 
@@ -65,53 +65,20 @@ class RMSNorm(nn.Module):
         return wide.type_as(x) * self.weight
 
 
-def rope_table(head_dim: int, positions: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines (positions, D) in float32 for interleaved RoPE (https://arxiv.org/abs/2104.09864).
+def rope_table(head_dim: int, positions: int, theta: float, device: torch.device) -> Tensor:
+    """Unit complex numbers (positions, D/2) for interleaved RoPE (https://arxiv.org/abs/2104.09864).
 
-    Pair i of a head turns by position · theta^(−2i/D); both places of a pair hold its cosine, and −sin, +sin.
+    Pair i of a head, read as a complex number, is turned by position · theta^(−2i/D).
     """
     freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
     angles = torch.outer(torch.arange(positions).float(), freqs)
-    cos = angles.cos().repeat_interleave(2, dim=-1)
-    sin = torch.stack((-angles.sin(), angles.sin()), dim=-1).flatten(-2)
-    return cos.to(device), sin.to(device)
+    return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads x (N, H, D) by the angles of their positions, cos and sin (N, 1, D), in float32."""
-    wide = x.float()
-    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(wide * cos, swapped, sin).type_as(x)
-
-
-def on_meta(layer: nn.Module, rows: int, columns: int) -> nn.Module:
-    """Give a fairscale layer made for size (mp, mp) its real local weight (rows, columns), on the meta device.
-
-    fairscale's constructors allocate and fill float32 host memory, so a layer is made tiny first.
-    """
-    layer.weight = nn.Parameter(torch.empty(rows, columns, device="meta"), requires_grad=False)
-    return layer
-
-
-def column_parallel(inputs: int, outputs: int, *, gather: bool = False) -> ColumnParallelLinear:
-    mp = model_parallel_size()
-    layer = ColumnParallelLinear(mp, mp, bias=False, gather_output=gather, init_method=lambda weight: weight)
-    layer.in_features, layer.out_features, layer.output_size_per_partition = inputs, outputs, outputs // mp
-    return on_meta(layer, outputs // mp, inputs)
-
-
-def row_parallel(inputs: int, outputs: int) -> RowParallelLinear:
-    mp = model_parallel_size()
-    layer = RowParallelLinear(mp, mp, bias=False, input_is_parallel=True, init_method=lambda weight: weight)
-    layer.in_features, layer.out_features, layer.input_size_per_partition = inputs, outputs, inputs // mp
-    return on_meta(layer, outputs, inputs // mp)
-
-
-def parallel_embedding(vocab_size: int, dim: int) -> ParallelEmbedding:
-    mp = model_parallel_size()
-    layer = ParallelEmbedding(mp, mp, init_method=lambda weight: weight)
-    layer.num_embeddings, layer.embedding_dim, layer.embedding_dim_per_partition = vocab_size, dim, dim // mp
-    return on_meta(layer, vocab_size, dim // mp)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn heads x (N, H, D) by the turns (N, 1, D/2) of their positions, in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -127,7 +94,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, inputs: "LayerInputs") -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2K, D)
-        turned = rotate(heads[:, : -self.n_kv_heads], inputs.cos, inputs.sin)
+        turned = rotate(heads[:, : -self.n_kv_heads], inputs.turns)
         q, k = turned.split((self.n_heads, self.n_kv_heads), dim=1)
         inputs.cache.write(self.layer, inputs.rows, k, heads[:, -self.n_kv_heads :])
         return self.wo(attention(q, inputs.cache, self.layer, inputs.masks).flatten(1))
@@ -165,8 +132,7 @@ class LayerInputs:
 
     cache: KVCache
     rows: Tensor  # (N,) token rows of the cache to write to
-    cos: Tensor  # (N, 1, D) float32
-    sin: Tensor  # (N, 1, D) float32
+    turns: Tensor  # (N, 1, D/2) complex64
     masks: list[SpanMask]
 
 
@@ -180,7 +146,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = column_parallel(args.dim, args.vocab_size, gather=True)
-        self.rope: tuple[Tensor, Tensor] | None = None  # made where the weights are, at the first step
+        self.rope: Tensor | None = None  # made where the weights are, at the first step
 
     @property
     def device(self) -> torch.device:
@@ -199,10 +165,10 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def forward(self, step: Step, cache: KVCache) -> Tensor:
         """Write the step's keys and values into the cache; return the logits (R, vocab) in float32."""
-        if self.rope is None or self.rope[0].shape[0] < cache.max_seq_len:
+        if self.rope is None or self.rope.shape[0] < cache.max_seq_len:
             self.rope = rope_table(self.params.head_dim, cache.max_seq_len, self.params.rope_theta, self.device)
-        cos, sin = (table[step.positions][:, None] for table in self.rope)
-        inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), cos, sin, span_masks(step))
+        turns = self.rope[step.positions][:, None]
+        inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), turns, span_masks(step))
         x = self.tok_embeddings(step.tokens)
         for layer in self.layers:
             x = layer(x, inputs)

@@ -18,6 +18,7 @@ from conftest import DEMO
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, memory
+from llama import linear as linear_file
 from llama import model as model_file
 from llama.checkpoint import check_split, find_shards, load, open_shard, open_shards
 from llama.errors import CheckpointError, DeviceError, TokenizerError
@@ -85,7 +86,7 @@ def test_every_rank_gets_its_slices(
     weights = random_weights(params)
     folder = save(tmp_path, params, weights, shards)
     for rank in range(processes):
-        for file in (checkpoint, model_file):
+        for file in (checkpoint, model_file, linear_file):
             monkeypatch.setattr(file, "model_parallel_size", lambda: processes)
         monkeypatch.setattr(checkpoint, "model_parallel_rank", lambda rank=rank: rank)
         model = Transformer(ModelArgs(**params))
@@ -437,7 +438,8 @@ def test_weights_that_do_not_fit_at_all_are_said_so(
 def test_what_weights_and_cache_need_is_exact(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate's weights and cache are the bytes that a model's parameters and a cache have."""
     initialize(CPU, None)
-    monkeypatch.setattr(model_file, "model_parallel_size", lambda: processes)
+    for file in (model_file, linear_file):
+        monkeypatch.setattr(file, "model_parallel_size", lambda: processes)
     args = ModelArgs(**SMALL)
     model = Transformer(args)
     needed = memory.need(args, torch.bfloat16, processes, 512)

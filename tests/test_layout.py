@@ -9,8 +9,8 @@ from conftest import ROOT
 
 ORDER = (
     "__main__", "cli", "batch_file", "generation", "output", "engine", "beam_search", "scheduler", "checkpoint",
-    "memory", "params_file", "model", "quantization", "attention", "kv_cache", "step", "checklist", "resharding",
-    "chat", "tokenizer", "sampling", "request", "parallel", "errors",
+    "memory", "params_file", "model", "linear", "quantization", "attention", "kv_cache", "step", "checklist",
+    "resharding", "chat", "tokenizer", "sampling", "request", "parallel", "errors",
 )  # fmt: skip
 WITHOUT_TORCH = {"cli", "batch_file", "scheduler", "resharding", "chat", "tokenizer", "request", "errors", "checklist"}
 FILES = {path.stem: path for path in (ROOT / "llama").glob("*.py") if path.stem != "__init__"}

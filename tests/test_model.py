@@ -183,8 +183,8 @@ def test_half_precision_is_close_to_float32(tmp_path: Path, dtype: torch.dtype, 
 def test_rope_turns_neighbouring_pairs(theta: float) -> None:
     """Places 2i and 2i + 1 of a head turn together, as a complex number; not the two halves of the head."""
     x = torch.randn(P, 3, 16, generator=torch.Generator().manual_seed(0))
-    cos, sin = rope_table(16, P, theta, CPU)
-    torch.testing.assert_close(rotate(x, cos[:, None], sin[:, None]), rope(x, theta), atol=1e-5, rtol=0)
+    turns = rope_table(16, P, theta, CPU)
+    torch.testing.assert_close(rotate(x, turns[:, None]), rope(x, theta), atol=1e-5, rtol=0)
 
 
 def test_rms_norm_is_computed_in_float32() -> None:

@@ -1,0 +1,69 @@
+"""fairscale's parallel layers, made on the meta device, with the product that this device computes fastest."""
+
+import torch
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from fairscale.nn.model_parallel.mappings import (
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from llama.parallel import model_parallel_size
+
+FEW_ROWS = 64  # up to so many a CPU multiplies half-precision weights faster from the left
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, inputs) · weight (outputs, inputs)ᵀ → (N, outputs), contiguous."""
+    if x.device.type == "cpu" and x.dtype != torch.float32 and x.shape[0] <= FEW_ROWS:
+        if x.shape[0] == 1:
+            return torch.mv(weight, x[0])[None]
+        return (weight @ x.T).T.contiguous()
+    return linear(x, weight)
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Each rank computes its own outputs; they are gathered where all ranks need all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = product(x, self.weight)
+        return gather_from_model_parallel_region(y) if self.gather_output and model_parallel_size() > 1 else y
+
+
+class RowLinear(RowParallelLinear):
+    """Each rank has its own inputs; the partial sums are added over the ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = product(x, self.weight)
+        return reduce_from_model_parallel_region(y) if model_parallel_size() > 1 else y
+
+
+def column_parallel(inputs: int, outputs: int, *, gather: bool = False) -> ColumnLinear:
+    mp = model_parallel_size()
+    layer = ColumnLinear(mp, mp, bias=False, gather_output=gather, init_method=lambda weight: weight)
+    layer.in_features, layer.out_features, layer.output_size_per_partition = inputs, outputs, outputs // mp
+    return _on_meta(layer, outputs // mp, inputs)
+
+
+def row_parallel(inputs: int, outputs: int) -> RowLinear:
+    mp = model_parallel_size()
+    layer = RowLinear(mp, mp, bias=False, input_is_parallel=True, init_method=lambda weight: weight)
+    layer.in_features, layer.out_features, layer.input_size_per_partition = inputs, outputs, inputs // mp
+    return _on_meta(layer, outputs, inputs // mp)
+
+
+def parallel_embedding(vocab_size: int, dim: int) -> ParallelEmbedding:
+    mp = model_parallel_size()
+    layer = ParallelEmbedding(mp, mp, init_method=lambda weight: weight)
+    layer.num_embeddings, layer.embedding_dim, layer.embedding_dim_per_partition = vocab_size, dim, dim // mp
+    return _on_meta(layer, vocab_size, dim // mp)
+
+
+def _on_meta(layer: nn.Module, rows: int, columns: int) -> nn.Module:
+    """Give a layer that was made for size (mp, mp) its real local weight (rows, columns), on the meta device.
+
+    fairscale's constructors allocate and fill float32 host memory, so a layer is made tiny first.
+    """
+    layer.weight = nn.Parameter(torch.empty(rows, columns, device="meta"), requires_grad=False)
+    return layer
