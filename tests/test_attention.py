@@ -1,4 +1,4 @@
-"""The KV cache holds what was written, and attention over it is the textbook's, for any packed spans."""
+"""Attention of a packed step is the textbook's, for any spans."""
 
 import math
 
@@ -53,31 +53,3 @@ def test_attention_is_the_textbooks(group: int, data: st.DataObject) -> None:
     for span in step.spans:
         expected = naive(queries[span.rows], *full[span.slot], span.start)
         assert torch.allclose(out[span.rows], expected, atol=1e-5)
-
-
-def test_views_share_memory_and_prefixes_copy_exactly() -> None:
-    """`view` is what was written, without a copy; `copy_prefix` copies its range in every layer and nothing else."""
-    cache = cache_of(2)
-    for tensor in (*cache.keys, *cache.values):
-        tensor.copy_(torch.randn(tensor.shape))
-    before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
-    cache.copy_prefix(1, 3, 7, start=2)
-    for tensor, old in zip((*cache.keys, *cache.values), before, strict=True):
-        old[:, 3, 2:7] = old[:, 1, 2:7]
-        assert torch.equal(tensor, old)
-    keys, values = cache.view(1, 3, 5)
-    assert keys.shape == values.shape == (2, 5, 8)
-    assert keys.data_ptr() == cache.keys[1][:, 3].data_ptr()
-
-
-def test_writes_go_to_their_slots_and_positions_alone() -> None:
-    cache = cache_of(2)
-    for tensor in (*cache.keys, *cache.values):
-        tensor.zero_()
-    keys, values = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
-    cache.write(0, cache.rows(torch.tensor([2, 0, 2]), torch.tensor([4, 19, 0])), keys, values)
-    for row, (slot, position) in enumerate([(2, 4), (0, 19), (2, 0)]):
-        assert torch.equal(cache.keys[0][:, slot, position], keys[row])
-        assert torch.equal(cache.values[0][:, slot, position], values[row])
-    assert int((cache.keys[0] != 0).any(-1).sum()) == 6
-    assert not cache.keys[1].any()

@@ -27,6 +27,7 @@ def test_whole_files_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "\n" + text.replace("  ", " *").upper().replace("A\n", "a\n").replace("B\n", "b\n")
     )
     assert verify(tmp_path, progress=False) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_every_fault_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
 
+from llama import Llama
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "llama" / "demo"
 sys.path.insert(0, str(ROOT / "tools"))
@@ -199,3 +201,38 @@ def test_evaluation_counts_right_answers_and_stories():
     assert scores["stories: ended"].right == 1
     assert scores["stories: consistent"].right == 0
     assert {f"style: {style.name}" for style in demo_corpus.STYLES} <= scores.keys()
+
+
+@pytest.fixture(scope="module")
+def quality(demo: Llama) -> dict[str, train_demo.Score]:
+    """The scores on held-out questions and openings, through the runner at temperature 0."""
+
+    def answer(dialogs: list[demo_corpus.Dialog]) -> list[str]:
+        return [result["generation"]["content"] for result in demo.chat_completion(dialogs, temperature=0)]
+
+    def complete(openings: list[str]) -> list[tuple[str, bool]]:
+        results = demo.text_completion(openings, temperature=0)
+        return [(result["generation"], result["finish_reason"] == "stop") for result in results]
+
+    scores = train_demo.evaluate(answer, complete)
+    train_demo.report(scores)
+    return scores
+
+
+def test_the_demo_answers_held_out_questions(quality: dict[str, train_demo.Score]) -> None:
+    """Questions of its kinds that were held out of its training; the README says the percentage."""
+    assert quality["all questions"].share >= 0.93
+
+
+def test_the_demo_follows_its_system_prompts(quality: dict[str, train_demo.Score]) -> None:
+    """The whole answer is right, in the wording that the system prompt asks for."""
+    styles = [score for name, score in quality.items() if name.startswith("style: ") and name != "style: none"]
+    assert len(styles) >= 6
+    assert sum(score.right for score in styles) / sum(score.cases for score in styles) >= 0.92
+    assert min(score.share for score in styles) >= 0.8
+
+
+def test_the_demo_completes_unseen_openings(quality: dict[str, train_demo.Score]) -> None:
+    """Every story ends by itself, and nearly all are such as the grammar could have written."""
+    assert quality["stories: ended"].share == 1
+    assert quality["stories: consistent"].share >= 0.93

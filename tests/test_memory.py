@@ -1,6 +1,7 @@
 """What a run needs is counted right, and what an error says fits does fit."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,10 @@ def test_weights_that_leave_no_room_say_so() -> None:
         check_fits(Need(1000, 10, 500), 1200, 16, 4, CPU)
     with pytest.raises(DeviceError, match=r"up to 2 fits$"):
         check_fits(Need(1000, 10, 500), 1525, 16, 4, CPU)
+    with pytest.raises(DeviceError, match=r"up to 1 fits$"):
+        check_fits(Need(1000, 10, 500), 1510, 16, 4, CPU)
+    with pytest.raises(DeviceError, match=r"up to 4 fits, such as max_seq_len=1 at max_batch_size=4$"):
+        check_fits(Need(1000, 10, 500), 1540, 16, 4, CPU)
 
 
 def test_processes_of_one_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,3 +59,23 @@ def test_processes_of_one_machine_share_what_is_free(monkeypatch: pytest.MonkeyP
     assert 0 < alone < 1 << 50
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_bytes(CPU) < alone / 2
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"memory.max": "9000\n", "memory.current": "4000\n", "memory.stat": "anon 10\ninactive_file 500\n"}, 5500),
+        ({"memory.max": "9000\n", "memory.current": "4000\n", "memory.stat": "anon 10\n"}, 5000),
+        ({"memory.max": "max\n", "memory.current": "4000\n", "memory.stat": ""}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_limit_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], free: int | None
+) -> None:
+    """What is free is the limit less what is used, page cache aside; without a limit, what the machine has."""
+    monkeypatch.setattr("llama.memory.Path", lambda _: tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found = free_bytes(CPU)
+    assert found == free if free else found > 10**6

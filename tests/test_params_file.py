@@ -29,10 +29,11 @@ def test_sizes_are_read(tmp_path: Path) -> None:
     [
         ({"dim": 4096, "multiple_of": 256}, 11008),
         ({"dim": 5120, "multiple_of": 256}, 13824),
+        ({"dim": 96, "multiple_of": 32}, 256),  # a multiple already
         ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672),
     ],
 )
-def test_hidden_dims_are_those_of_7b_13b_70b(sizes: dict, hidden: int) -> None:
+def test_hidden_dims_are_those_of_7b_13b_70b_and_are_not_rounded_twice(sizes: dict, hidden: int) -> None:
     assert ModelArgs(**sizes).hidden_dim == hidden
 
 
@@ -52,6 +53,8 @@ def test_harmless_keys_are_named(tmp_path: Path) -> None:
         ({"n_heads": True}, "sets n_heads=True"),
         ({"vocab_size": -2}, "sets vocab_size=-2"),
         ({"norm_eps": -1}, "sets norm_eps=-1: expected a positive number"),
+        ({"norm_eps": float("nan")}, "sets norm_eps=nan: expected a positive number"),
+        ({"ffn_dim_multiplier": float("inf")}, "sets ffn_dim_multiplier=inf: expected a positive number"),
         ({"rope_theta": "x"}, "sets rope_theta='x'"),
         ({"multiple_of": None}, "sets multiple_of=None"),
         ({"n_heads": 7}, "does not split into n_heads=7 heads of even size"),
@@ -77,4 +80,10 @@ def test_what_is_no_params_file_is_named(tmp_path: Path, text: str | None, said:
     if text is not None:
         (tmp_path / "params.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(CheckpointError, match=said):
+        read_params(tmp_path)
+
+
+def test_a_folder_of_that_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / "params.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"params\.json"):
         read_params(tmp_path)

@@ -10,8 +10,8 @@ from llama.request import SAMPLING_FIELDS, SamplingParams
 
 NAN, INF = math.nan, math.inf
 BAD = {
-    "temperature": [-0.1, NAN, INF, "1", None, True], "top_p": [0, 1.01, -1, NAN, "0.9", False],
-    "top_k": [-1, 1.5, "3", True, None], "min_p": [-0.1, 1.1, NAN], "repetition_penalty": [0, -1, NAN, INF],
+    "temperature": [-0.1, NAN, INF, 10**400, "1", None, True], "top_p": [0, 1.01, -1, NAN, "0.9", False],
+    "top_k": [-1, 2**63, 1.5, "3", True, None], "min_p": [-0.1, 1.1, NAN], "repetition_penalty": [0, -1, NAN, INF],
     "presence_penalty": [NAN, INF, "1"], "frequency_penalty": [NAN, -INF, None], "length_penalty": [NAN, INF],
     "min_gen_len": [-1, 1.0, None], "max_gen_len": [-1, 2.5, "8", True], "stop": [5, [""], ["a", 3], b"x"],
     "stop_token_ids": [5, [-1], ["a"], [True]], "bad_words": [[[]], [5], ["ab"], [[1, -2]]],
@@ -20,7 +20,9 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values], ids=lambda x: f"{x!r:.20}"
+)
 def test_out_of_range_names_itself_its_value_and_its_range(name: str, value: object) -> None:
     with pytest.raises(ParameterError) as error:
         SamplingParams(**{name: value})

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import llama.sampling as sampling
@@ -35,6 +35,14 @@ def kept(logits: torch.Tensor, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -
         before += probs[token]
     total = sum(probs[token] for token in chosen)
     return {token: probs[token] / total for token in sorted(chosen)}
+
+
+def clear(logits: torch.Tensor, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> bool:
+    """Whether what the filters keep does not hang on a rounding error."""
+    near = [(top_p + d if top_p < 1 else 1.0, min_p * (1 + e)) for d in (-1e-6, 1e-6) for e in (-1e-6, 1e-6)]
+    if min_p == 1:
+        near = [(p, 1.0) for p, _ in near]
+    return len({tuple(kept(logits, temperature, p, top_k, m)) for p, m in near}) == 1
 
 
 def critical(freedom: int) -> float:
@@ -76,19 +84,50 @@ def test_draws_follow_the_distribution(filters: dict, source: str) -> None:
 def test_the_draw_is_the_definitions(
     seed: int, vocab: int, spread: float, ties: bool, top_p: float, top_k: int, min_p: float, noise: float
 ) -> None:
-    """The token in which noise · kept mass falls, in the order of ids; neighbours at a boundary are forgiven."""
+    """The token in which noise · kept mass falls, in the order of ids."""
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * spread
     if ties:
         logits = logits.round()
+    assume(clear(logits, 1.0, top_p, top_k, min_p))
     expected = kept(logits, 1.0, top_p, top_k, min_p)
     token = draw(logits, [noise], top_p=top_p, top_k=top_k, min_p=min_p)[0]
-    probs = torch.softmax(logits, -1)
-    edge = min(probs[list(expected)].tolist())
-    if token in expected:
-        before = sum(p for other, p in expected.items() if other < token)
-        assert before - 2e-3 <= noise <= before + expected[token] + 2e-3
-    else:  # a rounding error at the edge of the kept set
-        assert probs[token] == pytest.approx(edge, rel=0.2)
+    before = sum(p for other, p in expected.items() if other < token)
+    assert before - 1e-5 <= noise <= before + expected[token] + 1e-5
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 10**6), vocab=st.sampled_from([2, 30, 300, 600]), levels=st.integers(1, 12),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]), top_p=st.sampled_from([0.05, 0.43, 0.86, 1.0]),
+    top_k=st.sampled_from([0, 1, 7, 255, 256, 257]), min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+)  # fmt: skip
+def test_exactly_the_kept_tokens_are_drawn(
+    seed: int, vocab: int, levels: int, temperature: float, top_p: float, top_k: int, min_p: float
+) -> None:
+    """Noise in the middle of each kept token's share draws that token; of like tokens the lower ones are kept."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randint(levels, (vocab,), generator=g) * (4 * temperature / levels)  # shares that float32 can tell
+    filters = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    assume(clear(logits, **filters))
+    expected = kept(logits, **filters)
+    shares = torch.tensor([0.0, *expected.values()], dtype=torch.float64).cumsum(0)
+    assert draw(logits, ((shares[:-1] + shares[1:]) / 2).tolist(), **filters) == list(expected)
+
+
+def test_like_tokens_go_to_the_lower_and_top_p_itself_is_kept() -> None:
+    """A token is kept where the probability before it is ≤ top_p, equal included."""
+    logits = torch.zeros(600)
+    noise = [(i + 0.5) / 3 for i in range(3)]
+    assert draw(logits, noise, top_k=3) == [0, 1, 2]
+    assert draw(logits, noise, top_p=2.5 / 600) == [0, 1, 2]
+    assert draw(torch.zeros(4), noise, top_p=0.5) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 2}])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-44, 1e-60])
+def test_the_colder_the_more_certain(temperature: float, filters: dict) -> None:
+    """However small a temperature is, a token of the vocabulary is drawn: the best one, at last."""
+    assert draw(torch.tensor([1.0, 3.0, 2.0]), [0.0, 0.5, 0.999], temperature, **filters) == [1, 1, 1]
 
 
 def test_candidates_give_what_a_full_sort_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +136,13 @@ def test_candidates_give_what_a_full_sort_gives(monkeypatch: pytest.MonkeyPatch)
     noise = torch.rand(40, generator=g).tolist()
     logits = torch.randn(40, 2000, generator=g) * torch.linspace(0.5, 6, 40)[:, None]
     for rows in (logits, logits.round()):
-        for filters in ({"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}, {"top_p": 0.7, "top_k": 80, "min_p": 0.01}):
+        for filters in (
+            {"top_p": 0.9},
+            {"top_k": 50},
+            {"min_p": 0.1},
+            {"top_p": 0.7, "top_k": 80, "min_p": 0.01},
+            {"top_p": 0.5, "top_k": 300, "min_p": 0.4},
+        ):
             fast = draw(rows, noise, **filters)
             monkeypatch.setattr(sampling, "CANDIDATES", 10_000)
             assert draw(rows, noise, **filters) == fast
@@ -172,6 +217,14 @@ def test_adjust(params: dict, made: list[int], stops: tuple, expected: list[floa
     """Numbers by hand, for logits 2, −1, 0.5, −2 after the prompt 0 1; the order is bias, repetition, the others."""
     logits = [2.0, -1.0, 0.5, -2.0]
     assert changed(logits, [0, 1], made, stops, **params) == pytest.approx(expected)
+
+
+def test_adjust_leaves_the_models_logits_alone() -> None:
+    """They are still needed: logprobs are of the model, not of what penalties made of it."""
+    logits = torch.tensor([2.0, -1.0, 0.5, -2.0])
+    params = SamplingParams(logit_bias={0: 1.0}, repetition_penalty=2.0, frequency_penalty=1.0, bad_words=[[3]])
+    adjust(logits, params, [1], [2], frozenset())
+    assert logits.tolist() == [2.0, -1.0, 0.5, -2.0]
 
 
 def test_plain_params_change_nothing() -> None:

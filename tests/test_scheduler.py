@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama.request import Request, SamplingParams
-from llama.scheduler import Chunk, Scheduler, Sequence, shared_prefix
+from llama.scheduler import WORTH, Chunk, Scheduler, Sequence, shared_prefix
 
 
 def sequence(tokens: list[int], reusable: bool = True) -> Sequence:
@@ -169,6 +169,104 @@ def test_all_slots_can_be_taken_and_given_back() -> None:
     assert scheduler.plan() == []
     scheduler.give_back_all()
     assert len(scheduler.plan()) == 1
+
+
+def test_taken_slots_are_forgotten() -> None:
+    """What a beam search wrote into them is not what they held before."""
+    simulation = Simulation(2, 64)
+    for _ in range(2):
+        simulation.add([1, *range(50, 80)], 1)
+        simulation.run()
+        simulation.scheduler.take_all()
+        simulation.scheduler.give_back_all()
+    assert simulation.computed == 62
+
+
+def test_those_that_waited_for_a_prefix_keep_their_order() -> None:
+    """A sequence that shares nothing goes ahead; then first come, first served."""
+    simulation = Simulation(2, 8)
+    header = [1, *range(100, 140)]
+    simulation.add(header, 1)
+    waiting = [simulation.add([*header, 200 + i], 1) for i in range(4)]
+    other, late = simulation.add([2, 3], 20), simulation.add([2, 4], 1)
+    simulation.step()
+    assert other.slot is not None
+    started: list[Sequence] = []
+    while simulation.want:
+        chunks = simulation.step()
+        started += [c.sequence for c in chunks if c.start < len(c.sequence.request.prompt)]
+    assert [one for one in started if one in [*waiting, late]] == [*waiting, late]
+
+
+def test_the_least_recently_used_slot_is_taken() -> None:
+    """What is unlike all that the slots hold overwrites the one that was left first; what is like one finds it."""
+    simulation = Simulation(3, 64)
+    for first in (10, 20, 30):
+        simulation.add([first, *range(100, 120)], 1)
+        simulation.run()
+    simulation.add([40, *range(100, 120)], 1)
+    simulation.run()
+    before = simulation.computed
+    for first in (20, 30, 40):
+        simulation.add([first, *range(100, 120)], 1)
+        simulation.run()
+    assert simulation.computed - before == 3  # the last token of each, for its logits
+    assert [held[0] for held in simulation.cache] == [40, 20, 30]
+
+
+def test_a_copy_does_not_overwrite_what_may_serve_another() -> None:
+    """It goes to the least recently used slot, not to the free one that shares a little."""
+    simulation = Simulation(3, 64)
+    shared = [1, *range(100, 110)]
+    simulation.add([2, 3], 1)
+    simulation.run()
+    simulation.add([*shared, *range(200, 230)], 1)
+    simulation.run()
+    simulation.add([*shared, *range(300, 330)], 50, reusable=False)
+    simulation.step()
+    assert [held[:1] for held in simulation.cache] == [[2], [1], [1]]
+    third = simulation.add([*shared, *range(300, 330), 5], 2)
+    simulation.step()
+    assert third.slot == 0
+    assert simulation.cache[1] == [*shared, *range(200, 230)]
+
+
+def test_a_few_shared_tokens_are_not_worth_a_copy() -> None:
+    simulation = Simulation(2, 64)
+    shared = list(range(WORTH - 1))
+    simulation.add([*shared, 100, 101], 5)
+    simulation.step()
+    simulation.add([*shared, 200, 201], 1)
+    assert sum(chunk.stop - chunk.start for chunk in simulation.step()) == 1 + WORTH + 1
+
+
+def test_of_like_prefixes_the_one_that_is_computed_is_copied() -> None:
+    """Nobody waits for a prefix that another running sequence has already."""
+    simulation = Simulation(3, 8)
+    header = [1, *range(100, 140)]
+    simulation.add(header, 1)
+    simulation.run()
+    simulation.add([*header, 6], 1, reusable=False)
+    simulation.add([*header, 7], 50)
+    third = simulation.add([*header, 8], 1)
+    simulation.scheduler.plan()
+    assert third.slot is not None
+
+
+def test_cancelling_between_plans_harms_no_copy() -> None:
+    """Planned twice without being computed: a copy of a copy is right though the sequence between is cancelled."""
+    simulation = Simulation(3, 64)
+    header = [1, *range(100, 120)]
+    source = simulation.add([*header, 5, 5], 9)
+    simulation.step()
+    between = simulation.add([*header, 6], 1)
+    simulation.scheduler.plan()
+    simulation.remove(source)
+    for own in (7, 8):
+        simulation.add([*header, own], 1)
+    simulation.scheduler.plan()
+    simulation.remove(between)
+    simulation.run()
 
 
 @given(st.lists(st.integers(0, 2), max_size=12), st.lists(st.integers(0, 2), max_size=12), st.integers(0, 14))

@@ -29,8 +29,8 @@ def test_special_tokens() -> None:
 
 @given(st.text(max_size=60))
 def test_any_text_round_trips(text: str) -> None:
-    """Byte fallback: no text is lost, whatever its characters (but NUL, where SentencePiece ends a text)."""
-    text = text.replace("\0", "")
+    """Byte fallback: no text is lost, whatever its characters (but U+2581, SentencePiece's own sign for a space)."""
+    text = text.replace("\u2581", "")
     tokens = DEMO_TOKENIZER.encode(text, bos=True, eos=True)
     assert DEMO_TOKENIZER.decode(tokens) == text
     assert "".join(DEMO_TOKENIZER.pieces(tokens)) == text
@@ -53,6 +53,7 @@ def check_joins(tokenizer: Tokenizer, tokens: list[int]) -> None:
         text += decoder.feed(token)
         so_far = tokenizer.decode(tokens[:n])
         assert so_far.startswith(text)
+        text.encode()  # never half a character
         # Held back: only bytes at the end that may yet become a character, which decoding shows as replacements.
         assert set(so_far[len(text) :]) <= {"\ufffd"}
         assert len(so_far) - len(text) <= 3
@@ -126,6 +127,26 @@ def test_half_a_surrogate_is_refused() -> None:
         DEMO_TOKENIZER.encode("a\ud800", bos=True, eos=False)
     with pytest.raises(PromptError, match="this is int: 5"):
         DEMO_TOKENIZER.encode(5, bos=True, eos=False)
+
+
+def test_a_piece_by_itself_is_its_text_or_its_name() -> None:
+    """Spaces are kept; control tokens and bytes, which have no text of their own, go by their names."""
+    t = DEMO_TOKENIZER
+    assert [t.piece(token) for token in (1, 2, 3, 258)] == ["<s>", "</s>", "<0x00>", "<0xFF>"]
+    assert t.piece(t.sp_model.piece_to_id("\u2581")) == " "
+    plain = range(259, t.n_words)
+    assert [t.piece(token) for token in plain] == [t.sp_model.id_to_piece(i).replace("\u2581", " ") for i in plain]
+
+
+def test_a_model_without_an_end_token_is_refused(train: Callable[..., Tokenizer]) -> None:
+    with pytest.raises(TokenizerError, match=r"has no begin or end token: get Llama-2's tokenizer\.model"):
+        train("endless", eos_id=-1)
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(TokenizerError, match=r"cannot be read: Not a directory"):
+        Tokenizer(str(tmp_path / "file" / "tokenizer.model"))
 
 
 @pytest.mark.parametrize(
