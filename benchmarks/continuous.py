@@ -8,6 +8,7 @@ python benchmarks/continuous.py [--runs 3] [--peer_runs 3] [--requests 256] [--d
 
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,7 @@ def main(runs: int = 3, requests: int = 256, dir: str | None = None, peer_runs: 
             overheads.append(overhead)
             if run < (runs if peer_runs is None else peer_runs):
                 times[peer.name].append(time_transformers(peer, prompts, new_tokens))
+            print({name: [round(t, 1) for t in values] for name, values in times.items()}, file=sys.stderr, flush=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(header())
     print(

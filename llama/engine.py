@@ -115,7 +115,11 @@ class Engine:
         logits = self.model(_pack(chunks, wanted, self.model.device), self.cache)
         self.scheduler.commit(chunks)
         self.computed_tokens += sum(chunk.stop - chunk.start for chunk in chunks)
-        return self._give(chunks, wanted, logits)
+        try:
+            return self._give(chunks, wanted, logits)
+        except BaseException:  # Ctrl-C, say: the requests may go on
+            self.scheduler.rewind(chunks)
+            raise
 
     def _step_search(self) -> list[Request]:
         """One pass of the first beam search; it ends with the last."""
@@ -225,6 +229,8 @@ def _score(request: Request, positions: range, logits: Tensor) -> None:
     if not request.scores:
         request.scores.append(None)
         request.top_scores.append(None)
+    for scores in (request.scores, request.top_scores):
+        del scores[positions.start + 1 :]  # of a step that was interrupted after it had noted them
     targets = request.prompt[positions.start + 1 : positions.stop + 1]
     if not targets:
         return

@@ -1,6 +1,7 @@
 """`params.json`: a checkpoint's sizes, read into `ModelArgs`; what would change the mathematics is refused."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         given = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: get the params.json that came with these weights") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): get the params.json that came with the weights") from None
     if not isinstance(given, dict):
@@ -58,15 +61,17 @@ def _check(args: ModelArgs, path: Path) -> None:
         value = getattr(args, name)
         if value is None and name in _OPTIONAL:
             continue
-        wanted = (int,) if name in (*_POSITIVE_INTS, "vocab_size") else (int, float)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, wanted)
-            or (value <= 0 and (name, value) != ("vocab_size", -1))
-        ):
-            kind = "integer" if wanted == (int,) else "number"
-            raise CheckpointError(f"{path} sets {name}={value!r}: expected a positive {kind}")
+        whole = name in (*_POSITIVE_INTS, "vocab_size")
+        if (name, value) != ("vocab_size", -1) and not _is_positive(value, whole):
+            raise CheckpointError(
+                f"{path} sets {name}={value!r}: expected a positive {'integer' if whole else 'number'}"
+            )
     if args.dim % args.n_heads or args.head_dim % 2:
         raise CheckpointError(f"{path}: dim={args.dim} does not split into n_heads={args.n_heads} heads of even size")
     if args.n_heads % args.kv_heads:
         raise CheckpointError(f"{path}: n_heads={args.n_heads} is not a multiple of n_kv_heads={args.kv_heads}")
+
+
+def _is_positive(value: Any, whole: bool) -> bool:
+    kind = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    return kind and math.isfinite(value) and value > 0

@@ -44,14 +44,14 @@ class SamplingParams:
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, 0, math.inf, "0 (argmax) or more")
+        _number("temperature", self.temperature, 0, 1e38, "0 (argmax) to 1e38")
         _number("top_p", self.top_p, 0, 1, "above 0 and at most 1", open_low=True)
-        _integer("top_k", self.top_k, 0, None, "0 (off) or more")
+        _integer("top_k", self.top_k, 0, 2**31, "0 (off) to 2**31")
         _number("min_p", self.min_p, 0, 1, "0 (off) to 1")
-        _number("repetition_penalty", self.repetition_penalty, 0, math.inf, "above 0 (1 is off)", open_low=True)
-        _number("presence_penalty", self.presence_penalty, -math.inf, math.inf, "a finite number")
-        _number("frequency_penalty", self.frequency_penalty, -math.inf, math.inf, "a finite number")
-        _number("length_penalty", self.length_penalty, -math.inf, math.inf, "a finite number")
+        _number("repetition_penalty", self.repetition_penalty, 1e-30, 1e30, "above 0 (1 is off), 1e-30 to 1e30")
+        _number("presence_penalty", self.presence_penalty, -1e30, 1e30, "-1e30 to 1e30 (0 is off)")
+        _number("frequency_penalty", self.frequency_penalty, -1e30, 1e30, "-1e30 to 1e30 (0 is off)")
+        _number("length_penalty", self.length_penalty, -100, 100, "-100 to 100")
         _integer("min_gen_len", self.min_gen_len, 0, None, "0 or more")
         if self.max_gen_len is not None:
             _integer("max_gen_len", self.max_gen_len, 0, None, "0 or more, or None")
@@ -66,6 +66,8 @@ class SamplingParams:
         _integer("top_logprobs", self.top_logprobs, 0, None, "0 (none) or more")
         if self.num_beams > 1 and self.n > 1:
             raise ParameterError(f"num_beams={self.num_beams} with n={self.n}: beam search gives one answer; use n=1")
+        if not isinstance(self.logprobs, bool):
+            raise ParameterError(f"logprobs={self.logprobs!r} is out of range: expected True or False")
         self._freeze_collections()
 
     def _freeze_collections(self) -> None:
@@ -76,8 +78,10 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping):
             raise ParameterError(f"logit_bias={self.logit_bias!r} is not a table of token id → number")
         for token, bias in self.logit_bias.items():
-            if not _is_token(token) or not _is_number(bias) or math.isnan(bias) or bias == math.inf:
-                raise ParameterError(f"logit_bias has {token!r}: {bias!r}; expected token id: number (or -inf)")
+            if not _is_token(token) or not _is_number(bias) or not (bias == -math.inf or -1e30 <= bias <= 1e30):
+                raise ParameterError(
+                    f"logit_bias has {token!r}: {bias!r}; expected token id: number from -1e30 to 1e30, or -inf"
+                )
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "bad_words", tuple(map(tuple, self.bad_words)))
@@ -147,7 +151,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _number(name: str, value: Any, low: float, high: float, expected: str, open_low: bool = False) -> None:
-    inside = _is_number(value) and math.isfinite(value) and low <= value <= high and not (open_low and value == low)
+    inside = _is_number(value) and low <= value <= high and not (open_low and value == low)
     if not inside:
         raise ParameterError(f"{name}={value!r} is out of range: expected {expected}")
 

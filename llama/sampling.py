@@ -44,7 +44,9 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, mi
     drawn = (temperature > 0).nonzero().flatten()
     if len(drawn) == 0:
         return tokens
-    probs = torch.softmax(logits[drawn] / temperature[drawn, None], dim=-1)
+    # Less the largest first: divided by a tiny temperature it would be infinite.
+    spread = logits[drawn] - logits[drawn].amax(-1, keepdim=True)
+    probs = torch.softmax(spread / temperature[drawn, None], dim=-1)
     tokens[drawn] = _draw(probs, _Filters(top_p, top_k, min_p, noise).of(drawn))
     return tokens
 

@@ -82,11 +82,9 @@ class Scheduler:
         budget = self.max_step_tokens
         chunks = []
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
-            # After an interruption before the next token was chosen nothing is pending: the last token runs again.
-            start = min(sequence.cached, len(sequence.tokens) - 1)
-            n = min(len(sequence.tokens) - start, budget)
+            n = min(sequence.pending, budget)
             if n:
-                chunks.append(Chunk(sequence, start, start + n))
+                chunks.append(Chunk(sequence, sequence.cached, sequence.cached + n))
                 budget -= n
         return chunks
 
@@ -95,14 +93,18 @@ class Scheduler:
         for chunk in chunks:
             chunk.sequence.cached = chunk.stop
 
+    def rewind(self, chunks: list[Chunk]) -> None:
+        """What a committed step gave was lost before it was used: its chunks are to be computed again."""
+        for chunk in chunks:
+            chunk.sequence.cached = chunk.start
+
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence that ended or was cancelled, wherever it is; its slot keeps what it holds."""
         if sequence in self.running:
             self.running.remove(sequence)
             slot, sequence.slot = sequence.slot, None
-            unmade = any(copy.target == slot for copy in self.copies)
-            self.copies = deque(copy for copy in self.copies if copy.target != slot)
-            self.held[slot] = [] if unmade else sequence.tokens[: sequence.cached]
+            # A copy into the slot that is still to be made stays: another may be to be made from it.
+            self.held[slot] = sequence.tokens[: sequence.cached]
             self.free.append(slot)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
