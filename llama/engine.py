@@ -75,6 +75,8 @@ class Engine:
                 f"num_beams={params.num_beams} is more than max_batch_size={self.scheduler.slots}: lower it, or build"
                 " with a larger max_batch_size"
             )
+        if params.num_beams > 1 and request.prompt_logprobs:
+            raise ParameterError(f"{name}: num_beams={params.num_beams} with echo and logprobs: score the prompt apart")
         listed = {*params.logit_bias, *params.stop_token_ids, *(t for word in params.bad_words for t in word)}
         if listed and max(listed) >= vocab:
             raise ParameterError(f"{name}: token {max(listed)} in its parameters; expected ids from 0 to {vocab - 1}")

@@ -86,6 +86,13 @@ def test_too_many_beams_names_the_limit(llama: Llama) -> None:
     assert llama.engine.idle
 
 
+def test_beams_with_a_scored_prompt_are_refused(llama: Llama) -> None:
+    with pytest.raises(ParameterError, match="num_beams=2 with echo and logprobs"):
+        llama.generate([[1, 2]], echo=True, params=SamplingParams(num_beams=2, logprobs=True))
+    tokens, _ = llama.generate([[1, 5]], echo=True, params=SamplingParams(num_beams=2, max_gen_len=3))
+    assert tokens[0][:2] == [1, 5]
+
+
 def test_failure_and_cancel_give_slots_back(build: Callable[..., Llama]) -> None:
     """After an interrupted or failed beam search the engine runs on."""
     llama = build(max_batch_size=3)
