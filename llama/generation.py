@@ -83,12 +83,12 @@ class Llama:
         place, wanted_dtype = parallel.choose_device(device), parallel.parse_dtype(dtype)
         parallel.initialize(place, model_parallel_size)
         folder = Path(ckpt_dir)
-        paths = checkpoint.find_shards(folder)
+        checkpoint.find_shards(folder)  # a missing file is said before what is in another
         args, ignored = read_params(folder)
         if verify and parallel.local_rank() == 0:  # once a machine; where it fails, torchrun ends the others
             verify_checklist(folder, progress=parallel.rank() == 0)
         tokenizer = Tokenizer(tokenizer_path)
-        shards = [checkpoint.open_shard(path) for path in paths]
+        shards = checkpoint.open_shards(folder)
         args.vocab_size = _check_vocabulary(args.vocab_size, checkpoint.vocabulary(shards, folder), tokenizer)
         args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
         step_tokens = max_step_tokens or STEP_TOKENS.get(place.type, STEP_TOKENS_ELSEWHERE)

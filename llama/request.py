@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llama.errors import ParameterError
@@ -93,9 +93,6 @@ class SamplingParams:
         return not (
             self.logit_bias or self.bad_words or self.min_gen_len or self.presence_penalty or self.frequency_penalty
         ) and (self.repetition_penalty == 1)
-
-
-SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
 
 
 @dataclass(slots=True, eq=False)
