@@ -124,7 +124,7 @@ def test_an_error_in_a_real_shell_is_one_line_and_code_2(tmp_path: Path) -> None
     [
         (TEXT, ["--top_p", "2"], "top_p=2 is out of range: expected above 0 and at most 1"),
         (CHAT, ["--top_p", "0"], "top_p=0 is out of range"),
-        (TEXT, ["--temperature", "-1"], "temperature=-1 is out of range: expected 0 (argmax) or more"),
+        (TEXT, ["--temperature", "-1"], "temperature=-1 is out of range: expected 0 (argmax) to 1e38"),
         (CHAT, ["--temperature", "warm"], "temperature='warm' is out of range"),
         (TEXT, ["--max_gen_len", "1.5"], "max_gen_len=1.5 is out of range"),
         (CHAT, ["--max_seq_len", "0"], "max_seq_len=0 is out of range: expected an integer, 1 or more"),
