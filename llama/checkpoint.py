@@ -16,7 +16,8 @@ from llama import checklist, memory
 from llama.errors import CheckpointError, DeviceError
 from llama.model import ModelArgs, Transformer
 from llama.parallel import choose_dtype, model_parallel_rank, model_parallel_size
-from llama.resharding import plan, possible_sizes, split_axis
+from llama.params_file import read_params
+from llama.resharding import either, plan, possible_sizes, split_axis
 
 # The matrices that are joined while they are read, in the order of their rows.
 JOINED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
@@ -133,7 +134,7 @@ def check_tensors(shards: list[dict[str, Tensor]], args: ModelArgs, folder: Path
         for name, whole in expected.items():
             if name not in tensors:
                 continue
-            shape, found = _shard_shape(name, whole, len(shards)), tuple(tensors[name].shape)
+            shape, found = shard_shape(name, whole, len(shards)), tuple(tensors[name].shape)
             if found != shape:
                 faults.append(f"{name} has shape {found} where params.json and {len(shards)} shards make it {shape}")
             elif not tensors[name].is_floating_point():
@@ -143,22 +144,30 @@ def check_tensors(shards: list[dict[str, Tensor]], args: ModelArgs, folder: Path
             raise CheckpointError(f"{path} does not fit params.json: {_listed(faults, '; ')}")
 
 
-def _shard_shape(name: str, whole: tuple[int, ...], shards: int) -> tuple[int, ...]:
+def shard_shape(name: str, whole: tuple[int, ...], shards: int) -> tuple[int, ...]:
+    """What one of `shards` holds of a parameter of shape `whole`."""
     axis = split_axis(name)
     return tuple(length // shards if i == axis else length for i, length in enumerate(whole))
 
 
-def check_split(args: ModelArgs, shards: int, processes: int) -> None:
-    """Raise DeviceError, with the numbers that would do, unless the model splits over `processes`."""
-    parts = {"heads": args.n_heads, "kv heads": args.kv_heads, "dim": args.dim, "hidden dim": args.hidden_dim,
-             "vocabulary": args.vocab_size}  # fmt: skip
-    for name, length in parts.items():
+def process_counts(args: ModelArgs) -> list[int]:
+    """The numbers of processes that the model can be split over, ascending."""
+    return possible_sizes(*_split_lengths(args).values())
+
+
+def _split_lengths(args: ModelArgs) -> dict[str, int]:
+    return {"heads": args.n_heads, "kv heads": args.kv_heads, "dim": args.dim, "hidden dim": args.hidden_dim,
+            "vocabulary": args.vocab_size}  # fmt: skip
+
+
+def check_split(args: ModelArgs, shards: int, processes: int, do: str = "start") -> None:
+    """Raise DeviceError, which says to `do` with the numbers that would do, unless the model splits so."""
+    for name, length in _split_lengths(args).items():
         if length % processes:
-            sizes = [str(n) for n in possible_sizes(*parts.values())]
-            start = " or ".join(filter(None, (", ".join(sizes[:-1]), sizes[-1])))
             what = f"{length} {name}" if "heads" in name else f"the {name} of {length}"
             counted = f"{shards} shard{'s' if shards > 1 else ''}"
-            raise DeviceError(f"{counted}, but {what} cannot be split over {processes} processes: start {start}")
+            ways = f"{do} {either(process_counts(args))}"
+            raise DeviceError(f"{counted}, but {what} cannot be split over {processes} processes: {ways}")
 
 
 def fill(model: Transformer, shards: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype) -> None:
@@ -167,15 +176,14 @@ def fill(model: Transformer, shards: list[dict[str, Tensor]], device: torch.devi
     The shards must be memory-mapped, as `open_shard` gives them: what has been read of them is let go.
     """
     shapes = expected_shapes(model.params)
+    mp, rank = model_parallel_size(), model_parallel_rank()
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
         row = 0
         for source in sources(name):
-            for target, part in _parts(source, shapes[source], shards):
-                rows = slice(row + target[0].start, row + target[0].stop)
-                weight[(rows, *target[1:])].copy_(part)
-                _release(part)
-            row += _local_rows(source, shapes[source])
+            rows = shard_shape(source, shapes[source], mp)[0]
+            read_slice(weight[row : row + rows], source, shapes[source], shards, mp, rank)
+            row += rows
         assert row == weight.shape[0]
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
@@ -189,20 +197,24 @@ def sources(name: str) -> list[str]:
     return [name]
 
 
-def _local_rows(name: str, whole: tuple[int, ...]) -> int:
-    return whole[0] // model_parallel_size() if split_axis(name) == 0 else whole[0]
+def read_slice(
+    into: Tensor, name: str, whole: tuple[int, ...], shards: list[dict[str, Tensor]], mp: int, rank: int
+) -> None:
+    """Copy what process `rank` of `mp` holds of a parameter of shape `whole`; lets go of the mapped pages it read."""
+    for target, part in _parts(name, whole, shards, mp, rank):
+        into[target].copy_(part)
+        _release(part)
 
 
 def _parts(
-    name: str, whole: tuple[int, ...], shards: list[dict[str, Tensor]]
+    name: str, whole: tuple[int, ...], shards: list[dict[str, Tensor]], mp: int, rank: int
 ) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-    """(Where to, what) for each piece of a parameter that this rank holds."""
+    """(Where to, what) for each piece of a parameter that process `rank` of `mp` holds."""
     axis = split_axis(name)
     everything = [slice(0, length) for length in whole]
     if axis is None:
         yield tuple(everything), shards[0][name]
         return
-    mp, rank = model_parallel_size(), model_parallel_rank()
     everything[axis] = slice(0, whole[axis] // mp)
     for piece in plan(whole[axis], len(shards), mp, rank):
         target = list(everything)
@@ -244,6 +256,20 @@ def vocabulary(shards: list[dict[str, Tensor]], folder: Path) -> int:
             f"{folder / 'consolidated.00.pth'} has no tok_embeddings.weight: it is not a Llama-2 model"
         )
     return table.shape[0]
+
+
+def open_checkpoint(folder: Path) -> tuple[ModelArgs, list[str], list[dict[str, Tensor]]]:
+    """A folder's sizes, the keys of params.json that were ignored, and its shards, found to fit each other.
+
+    A vocabulary that params.json leaves open (−1) is that of the weights. Raises CheckpointError.
+    """
+    find_shards(folder)  # a missing file is said before what is in another
+    args, ignored = read_params(folder)
+    shards = open_shards(folder)
+    if args.vocab_size == -1:
+        args.vocab_size = vocabulary(shards, folder)
+    check_tensors(shards, args, folder)
+    return args, ignored, shards
 
 
 def load(

@@ -7,8 +7,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from llama.errors import DeviceError
+from llama.errors import DeviceError, ParameterError
 from llama.model import ModelArgs
+
+STEP_TOKENS = 2048  # the most tokens of one step where nobody says how many
+STEP_TOKENS_CPU = 512  # more gains a CPU nothing
+_NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,21 @@ class Need:
     weights: int
     cache_per_token: int
     workspace: int
+
+    def room(self, free: int) -> int:
+        """The most tokens, of all sequences together, whose cache fits into `free` bytes too; below 1: not one."""
+        return (free - self.weights - self.workspace) // self.cache_per_token
+
+
+def step_tokens(device: torch.device) -> int:
+    return STEP_TOKENS_CPU if device.type == "cpu" else STEP_TOKENS
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ParameterError that names the first of the sizes which is not an integer of 1 or more."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ParameterError(f"{name}={value!r} is out of range: expected an integer, 1 or more")
 
 
 def need(args: ModelArgs, dtype: torch.dtype, mp: int, max_step_tokens: int) -> Need:
@@ -42,16 +61,31 @@ def free_bytes(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def total_bytes(device: torch.device) -> int:
+    """All the memory that the device has, or that this process may use of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return min(psutil.virtual_memory().total, _cgroup_limit())
+
+
+def _cgroup_limit() -> int:
+    try:
+        return int((Path("/sys/fs/cgroup") / "memory.max").read_text())  # "max" where there is none
+    except (OSError, ValueError):
+        return _NO_LIMIT
+
+
 def _cgroup_free() -> int:
     """What a container's limit (cgroup v2) leaves, counting the page cache that the kernel would give back."""
     folder = Path("/sys/fs/cgroup")
     try:
-        limit = int((folder / "memory.max").read_text())  # "max" where there is none
         used = int((folder / "memory.current").read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        return 1 << 62
-    return limit - used + int(stat.get("inactive_file", 0))
+        return _NO_LIMIT
+    return _cgroup_limit() - used + int(stat.get("inactive_file", 0))
 
 
 def check_fits(needed: Need, free: int, max_seq_len: int, max_batch_size: int, device: torch.device) -> None:
@@ -64,7 +98,7 @@ def check_fits(needed: Need, free: int, max_seq_len: int, max_batch_size: int, d
         f"not enough memory on {device}: weights {gigabytes(needed.weights)} + KV cache {gigabytes(cache)}"
         f" + workspace {gigabytes(needed.workspace)}, but {gigabytes(free)} is free"
     )
-    room = (free - needed.weights - needed.workspace) // needed.cache_per_token
+    room = needed.room(free)
     if room < 1:
         raise DeviceError(f"{found}: the weights alone leave no room; run on more processes or a larger device")
     fits = [f"max_seq_len × max_batch_size up to {room} fits"]

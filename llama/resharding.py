@@ -51,3 +51,8 @@ def plan(length: int, shards: int, processes: int, rank: int) -> list[Piece]:
 def possible_sizes(*lengths: int) -> list[int]:
     """The numbers of processes that divide every length: heads, kv heads, dim, hidden dim and vocabulary."""
     return [n for n in range(1, min(lengths) + 1) if all(length % n == 0 for length in lengths)]
+
+
+def either(numbers: list[int]) -> str:
+    """[1] → "1", [1, 2, 4] → "1, 2 or 4"."""
+    return " or ".join(filter(None, (", ".join(map(str, numbers[:-1])), str(numbers[-1]))))

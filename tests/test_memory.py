@@ -8,7 +8,7 @@ import torch
 
 from llama.checkpoint import expected_shapes
 from llama.errors import DeviceError
-from llama.memory import Need, check_fits, free_bytes, need
+from llama.memory import Need, check_fits, free_bytes, need, total_bytes
 from llama.model import ModelArgs
 
 CPU = torch.device("cpu")
@@ -79,3 +79,4 @@ def test_a_containers_limit_counts(
         (tmp_path / name).write_text(text)
     found = free_bytes(CPU)
     assert found == free if free else found > 10**6
+    assert total_bytes(CPU) == 9000 if free else total_bytes(CPU) >= found

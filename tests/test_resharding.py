@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama.errors import CheckpointError
-from llama.resharding import Piece, plan, possible_sizes, split_axis
+from llama.resharding import Piece, either, plan, possible_sizes, split_axis
 
 SIZES = st.integers(1, 8)
 
@@ -62,3 +62,7 @@ def test_possible_sizes_divide_everything() -> None:
     assert possible_sizes(32, 8, 4096, 11008, 32000) == [1, 2, 4, 8]
     assert possible_sizes(40, 40, 5120, 13824, 32000) == [1, 2, 4, 8]
     assert possible_sizes(7, 7, 14) == [1, 7]
+
+
+def test_numbers_to_choose_from_are_said_so() -> None:
+    assert [either([1]), either([1, 2]), either([1, 2, 4])] == ["1", "1 or 2", "1, 2 or 4"]

@@ -1,0 +1,264 @@
+"""Checkpoint folders in Meta's layout, written one tensor at a time: peak memory is a tensor, not a shard.
+
+A .pth file is an uncompressed zip archive: `data.pkl` is the pickled table of its tensors, in which the bytes of each
+go by a number; the record `data/<number>` is those bytes, from a multiple of 64 on, so that they can be memory-mapped.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._utils import _rebuild_tensor_v2  # the name by which every .pth file says that something is a tensor
+from tqdm import tqdm
+
+from llama.checklist import format_checklist
+from llama.checkpoint import IGNORED, check_split, expected_shapes, open_checkpoint, read_slice, shard_shape
+from llama.errors import CheckpointError, ParameterError
+from llama.memory import gigabytes
+
+MOST_SHARDS = 100  # consolidated.00.pth … consolidated.99.pth
+COPIED = ("params.json", "tokenizer.model")
+NEW = "choose a folder that is new or empty"
+ALIGNMENT = 64  # of a tensor's first byte in its file, as torch.save has it
+# The classes that name a dtype in a .pth file.
+STORAGES = {
+    torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
+}  # fmt: skip
+# Bytes of a zip record's header without its name: the fixed part, the head of an extra field, the field of long sizes.
+_HEADER, _FIELD, _LONG_SIZES = 30, 4, 20
+_PADDING = 0x4246  # the id of an extra field of nothing but zeros
+
+_md5 = partial(hashlib.md5, usedforsecurity=False)  # as Meta ships it, against torn downloads
+
+Tensors = dict[str, Tensor]
+
+
+# ------------------------------------------------------------------------------------------------- a whole folder
+
+
+def reshard(folder: Path, out: Path, processes: int, *, progress: bool = True) -> list[Path]:
+    """Write the checkpoint of `folder` anew in the folder `out`, in one shard for each process; returns their paths.
+
+    Dtypes and params.json stay as they are; a tokenizer.model that lies in `folder` comes along. What can be checked is
+    checked first. Raises CheckpointError where a file cannot be read or written, and leaves nothing then, DeviceError
+    where the model cannot be split.
+    """
+    if type(processes) is not int or not 1 <= processes <= MOST_SHARDS:
+        raise ParameterError(f"processes={processes!r} is out of range: expected an integer from 1 to {MOST_SHARDS}")
+    args, _, shards = open_checkpoint(folder)
+    check_split(args, len(shards), processes, "choose")
+    _check_dtypes(shards, folder)
+    if out.resolve() == folder.resolve():
+        raise CheckpointError(f"{out} is the checkpoint to read: {NEW}")
+    shapes = expected_shapes(args)
+    layout = {
+        name: torch.empty(shard_shape(name, whole, processes), dtype=shards[0][name].dtype, device="meta")
+        for name, whole in shapes.items()
+    }
+
+    def contents(rank: int, name: str) -> Tensor:
+        tensor = torch.empty_like(layout[name], device="cpu")
+        read_slice(tensor, name, shapes[name], shards, processes, rank)
+        return tensor
+
+    files = {name: _read(folder / name) for name in COPIED if (folder / name).exists()}
+    return write_folder(out, [layout] * processes, contents, files, progress=progress)
+
+
+def write_folder(
+    out: Path,
+    layouts: list[Tensors],
+    contents: Callable[[int, str], Tensor],
+    files: dict[str, bytes],
+    *,
+    progress: bool = True,
+) -> list[Path]:
+    """Write a shard for each of `layouts`, the small `files`, and checklist.chk with the sums of both: all, or nothing.
+
+    `contents(number of the shard, name)` gives each tensor, as for `write_shard`. The folder must be new or empty.
+    Returns the paths of the shards. Raises CheckpointError where the disk has no room, or refuses.
+    """
+    size = sum(like.nbytes for layout in layouts for like in layout.values()) + sum(map(len, files.values()))
+    names = [f"consolidated.{number:02d}.pth" for number in range(len(layouts))]
+    with _said_in_one_line(out):
+        _check_target(out, size)
+        # As long as consolidated.00.pth or params.json is missing, nobody takes the folder for a checkpoint.
+        with (
+            _all_or_nothing(out, [*reversed(names), *files, "checklist.chk"]) as places,
+            tqdm(total=size, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar,
+        ):
+            sums = {}
+            for number, (name, layout) in enumerate(zip(names, layouts, strict=True)):
+                sums[name] = write_shard(places[name], layout, partial(contents, number), bar)
+            for name, data in files.items():
+                places[name].write_bytes(data)
+                sums[name] = _md5(data).hexdigest()
+                bar.update(len(data))
+            places["checklist.chk"].write_text(format_checklist(sums))
+    return [out / name for name in names]
+
+
+def _check_dtypes(shards: list[Tensors], folder: Path) -> None:
+    for number, tensors in enumerate(shards):
+        for name, tensor in tensors.items():
+            path = folder / f"consolidated.{number:02d}.pth"
+            if name not in IGNORED and tensor.dtype != shards[0][name].dtype:
+                raise CheckpointError(
+                    f"{path} has {name} in {tensor.dtype}, consolidated.00.pth in {shards[0][name].dtype}: these are"
+                    " shards of different checkpoints"
+                )
+            if name not in IGNORED and tensor.dtype not in STORAGES:
+                raise CheckpointError(f"{path} has {name} in {tensor.dtype}, which cannot be written: convert it first")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _check_target(out: Path, size: int) -> None:
+    if out.is_file():
+        raise CheckpointError(f"{out} is a file: {NEW}")
+    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if held:
+        raise CheckpointError(f"{out} is not empty, it holds {held[0]}: {NEW}")
+    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+    if size > free:
+        raise CheckpointError(
+            f"{out} needs {gigabytes(size)}, but {gigabytes(free)} is free on its disk: make room, or choose another"
+        )
+
+
+@contextmanager
+def _said_in_one_line(out: Path) -> Iterator[None]:
+    """What the system says against writing, such as that the disk is full, becomes a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise CheckpointError(
+            f"{out} could not be written ({reason}), nothing is left of it: mend that, or choose another folder"
+        ) from None
+
+
+@contextmanager
+def _all_or_nothing(out: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+    """Name → where the block is to write that file; afterwards each gets its name within `out`, in this order.
+
+    Whatever fails, or interrupts it: the files are removed, and the folders that were made for them.
+    """
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    places = {name: out / f"{name}.partial" for name in names}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield places
+        for name, place in places.items():
+            place.rename(out / name)
+    except BaseException:
+        with suppress(OSError):
+            for name, place in places.items():
+                place.unlink(missing_ok=True)
+                (out / name).unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
+        raise
+
+
+# --------------------------------------------------------------------------------------------------- one .pth file
+
+
+def write_shard(path: Path, layout: Tensors, contents: Callable[[str], Tensor], bar: tqdm) -> str:
+    """Write a .pth file of tensors like those of `layout`, which are on the meta device; returns its MD5 sum.
+
+    `contents(name)` gives each in turn, on the CPU; the next is asked for when it has been written and let go.
+    `bar` moves by the bytes of each.
+    """
+    with open(path, "wb") as file:
+        out = _Hashed(file)
+        with zipfile.ZipFile(out, "w") as archive:
+            _write_record(archive, out, "data.pkl", _pickled(layout))
+            _write_record(archive, out, "byteorder", sys.byteorder.encode())
+            for number, (name, like) in enumerate(layout.items()):
+                _write_record(archive, out, f"data/{number}", _bytes(contents(name), like))
+                bar.update(like.nbytes)
+            _write_record(archive, out, "version", b"3\n")
+        file.flush()
+        os.fsync(file.fileno())  # some disks say only here that they are full
+    return out.md5.hexdigest()
+
+
+def _bytes(tensor: Tensor, like: Tensor) -> memoryview:
+    assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+class _Hashed:
+    """A file that is written from its beginning to its end, and the MD5 sum of what it has so far."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.md5 = _md5()
+        self.tell, self.flush = file.tell, file.flush
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.md5.update(data)
+
+
+def _write_record(archive: zipfile.ZipFile, out: _Hashed, name: str, data: bytes | memoryview) -> None:
+    """Add a record to the archive that `out` becomes; zeros in its header move the data to a multiple of 64."""
+    record = zipfile.ZipInfo(f"archive/{name}")
+    padding = -(out.tell() + _HEADER + len(record.filename) + _FIELD + _LONG_SIZES) % ALIGNMENT
+    record.extra = struct.pack("<HH", _PADDING, padding) + bytes(padding)
+    with archive.open(record, "w", force_zip64=True) as writer:
+        writer.write(data)
+
+
+class _Storage(NamedTuple):
+    """How data.pkl speaks of a tensor's bytes: they are the record data/`key`."""
+
+    kind: str
+    storage_class: type
+    key: str
+    location: str
+    elements: int
+
+
+class _Entry:
+    """A tensor in the table: pickled as torch.save pickles one that is contiguous and has its storage to itself."""
+
+    def __init__(self, number: int, like: Tensor) -> None:
+        self.storage = _Storage("storage", STORAGES[like.dtype], str(number), "cpu", like.numel())
+        self.shape, self.stride = tuple(like.shape), like.stride()
+
+    def __reduce__(self) -> tuple:
+        return _rebuild_tensor_v2, (self.storage, 0, self.shape, self.stride, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> tuple | None:
+        return tuple(value) if isinstance(value, _Storage) else None
+
+
+def _pickled(layout: Tensors) -> bytes:
+    buffer = io.BytesIO()
+    table = {name: _Entry(number, like) for number, (name, like) in enumerate(layout.items())}
+    _Pickler(buffer, protocol=2).dump(table)
+    return buffer.getvalue()
