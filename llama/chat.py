@@ -35,30 +35,28 @@ class ChatPrompt:
     tokens: list[int]
 
 
-def check_dialog(dialog: Dialog, index: int) -> None:
-    """Raise PromptError, naming the dialog by its index, unless it has Llama-2's shape."""
+def check_dialog(dialog: Dialog, name: str) -> None:
+    """Raise PromptError, which calls the dialog `name`, unless it has Llama-2's shape."""
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
-        raise PromptError(f"dialog {index} is {type(dialog).__name__}, not a list of messages: {_ORDER}")
+        raise PromptError(f"{name} is {type(dialog).__name__}, not a list of messages: {_ORDER}")
     if not dialog:
-        raise PromptError(f"dialog {index} is empty: {_ORDER}")
+        raise PromptError(f"{name} is empty: {_ORDER}")
     for place, message in enumerate(dialog):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise PromptError(f"dialog {index}, message {place} is not {{'role': …, 'content': …}}: {message!r:.60}")
+            raise PromptError(f"{name}, message {place} is not {{'role': …, 'content': …}}: {message!r:.60}")
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
-            raise PromptError(f"dialog {index}, message {place}: content is {kind}, not text")
+            raise PromptError(f"{name}, message {place}: content is {kind}, not text")
     roles = [message["role"] for message in dialog]
     begin = 1 if roles[0] == "system" else 0
     if len(roles) == begin:
-        raise PromptError(f"dialog {index} is a system message alone: {_ORDER}")
+        raise PromptError(f"{name} is a system message alone: {_ORDER}")
     for place, role in enumerate(roles[begin:]):
         expected = "assistant" if place % 2 else "user"
         if role != expected:
-            raise PromptError(
-                f"dialog {index}, message {begin + place} has role {role!r} instead of {expected!r}: {_ORDER}"
-            )
+            raise PromptError(f"{name}, message {begin + place} has role {role!r} instead of {expected!r}: {_ORDER}")
     if roles[-1] != "user":
-        raise PromptError(f"dialog {index} ends with {roles[-1]!r}: {_ORDER}")
+        raise PromptError(f"{name} ends with {roles[-1]!r}: {_ORDER}")
 
 
 def has_special_tags(dialog: Dialog) -> bool:

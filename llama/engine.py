@@ -97,6 +97,11 @@ class Engine:
         if observer := self._observers.pop(request, None):
             observer(request)
 
+    def forget(self) -> None:
+        """Forget the prefixes that the slots hold: what runs next is computed as in a new engine."""
+        assert self.idle
+        self.scheduler = Scheduler(self.scheduler.slots, self.scheduler.max_step_tokens)
+
     def __iter__(self) -> Iterator[Completion]:
         """Run until nothing is left, yielding each completion when it is finished."""
         while not self.idle:

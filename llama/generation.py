@@ -11,20 +11,17 @@ from typing import Any, TypedDict
 import torch
 from typing_extensions import Unpack
 
-from llama import checkpoint, parallel
+from llama import checkpoint, memory, parallel
 from llama.chat import REFUSAL, ChatPrompt, Dialog, Message, check_dialog, format_dialog, has_special_tags
 from llama.checklist import verify as verify_checklist
 from llama.engine import Engine
-from llama.errors import CheckpointError, ParameterError, PromptError, TokenizerError
+from llama.errors import CheckpointError, LlamaError, ParameterError, PromptError, TokenizerError
 from llama.model import Transformer
 from llama.output import ChatPrediction, CompletionPrediction, Output, Score, refused
 from llama.params_file import read_params
-from llama.request import Request, SamplingParams
-from llama.sampling import derive_seed
+from llama.request import Request, SamplingParams, derive_seed
 from llama.tokenizer import Tokenizer
 
-STEP_TOKENS = {"cpu": 512}  # the most tokens of one step, by device: more gains a CPU nothing
-STEP_TOKENS_ELSEWHERE = 2048
 LLAMA_2_VOCABULARY = 32000
 
 
@@ -74,7 +71,7 @@ class Llama:
         are held at once (more may be asked for). `seed` None takes fresh entropy. Raises a subclass of LlamaError.
         """
         started = time.perf_counter()
-        _check_sizes(
+        memory.check_sizes(
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             max_step_tokens=1 if max_step_tokens is None else max_step_tokens,
@@ -91,9 +88,10 @@ class Llama:
         shards = checkpoint.open_shards(folder)
         args.vocab_size = _check_vocabulary(args.vocab_size, checkpoint.vocabulary(shards, folder), tokenizer)
         args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
-        step_tokens = max_step_tokens or STEP_TOKENS.get(place.type, STEP_TOKENS_ELSEWHERE)
+        step_tokens = max_step_tokens or memory.step_tokens(place)
         model = checkpoint.load(folder, shards, args, place, wanted_dtype, step_tokens)
         llama = Llama(model, tokenizer, seed=seed, max_step_tokens=step_tokens)
+        llama.ckpt_dir = folder
         if ignored:
             parallel.say(f"llama: ignored in params.json: {', '.join(ignored)}")
         parallel.say(f"llama: {folder}, {llama._chosen()}, loaded in {time.perf_counter() - started:.2f} s")
@@ -105,11 +103,12 @@ class Llama:
         tokenizer: Tokenizer,
         *,
         seed: int | None = 1,
-        max_step_tokens: int = STEP_TOKENS_ELSEWHERE,
+        max_step_tokens: int = memory.STEP_TOKENS,
     ) -> None:
         _check_seed(seed)
         self.model = model
         self.tokenizer = tokenizer
+        self.ckpt_dir: Path | None = None  # where `build` loaded it from
         self.seed = parallel.agree(secrets.randbits(63), model.device) if seed is None else seed
         self.engine = Engine(model, model.params.max_batch_size, model.params.max_seq_len, max_step_tokens)
         self._requests_made = 0
@@ -172,7 +171,7 @@ class Llama:
         every = self._params(len(tokens), params, temperature, top_p, max_gen_len, logprobs, more)
         outputs = self._outputs(tokens, every, "prompt", echo=echo)
         self._finish(outputs, on_text)
-        return [_prediction(own, lambda text: text) for own in _by_prompt(outputs)]
+        return [_prediction(own, _as_it_is) for own in _by_prompt(outputs)]
 
     def chat_completion(
         self,
@@ -197,6 +196,41 @@ class Llama:
             refused(own) if prompt is None else _prediction(next(answered), _assistant)
             for prompt, own in zip(prompts, every, strict=True)
         ]
+
+    def run_each(
+        self,
+        prompts: Sequence[str | Dialog],
+        params: Params,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+        allow_special_tags: bool = False,
+    ) -> Iterator[tuple[int, CompletionPrediction | ChatPrediction | LlamaError]]:
+        """Complete texts and answer dialogs; yields (index, prediction) in the order in which they finish.
+
+        A prompt that cannot be run, or fails, yields its error instead. Closing the iterator ends the rest.
+        """
+        every = self._params(len(prompts), params, 0.6, 0.9, None, False, {})
+        fresh: deque[Output] = deque()
+        samples: dict[int, list[Output]] = {}
+        for index, (prompt, own) in enumerate(zip(prompts, every, strict=True)):
+            try:
+                tokens = self._tokens(prompt, allow_special_tags)
+                if tokens is None:
+                    yield index, refused(own)
+                else:
+                    kind = "the prompt" if isinstance(prompt, str) else "the dialog"
+                    samples[index] = self._samples(tokens, own, kind, index, fresh)
+            except LlamaError as error:
+                yield index, error
+        for output in self._run([output for outputs in samples.values() for output in outputs]):
+            index, own_samples = output.index, samples.get(output.index, [])
+            if on_text and own_samples and (text := own_samples[0].take()):
+                on_text(index, text)
+            if own_samples and all(sample.request.finish_reason for sample in own_samples):
+                del samples[index]  # samples that end in the same step come here once each
+                failed = next((sample.request.error for sample in own_samples if sample.request.error), None)
+                generation = _as_it_is if isinstance(prompts[index], str) else _assistant
+                yield index, failed or _prediction(own_samples, generation)
 
     def stream_text(
         self, prompt: str, temperature: float = 0.6, top_p: float = 0.9, max_gen_len: int | None = None,
@@ -224,9 +258,23 @@ class Llama:
         self._finish(outputs, None)
         return [output.score() for output in outputs]
 
+    def score_each(self, texts: Sequence[str], *, top_logprobs: int = 0) -> list[Score | LlamaError]:
+        """As `score`, with its error in the place of a text that cannot be scored."""
+        params = SamplingParams(temperature=0, max_gen_len=0, top_logprobs=top_logprobs)
+        fresh: deque[Output] = deque()
+        found: list[Output | LlamaError] = []
+        for index, text in enumerate(texts):
+            try:
+                tokens = self.tokenizer.encode(text, bos=True, eos=False)
+                found += self._samples(tokens, params, "the text", index, fresh, score=True)
+            except LlamaError as error:
+                found.append(error)
+        deque(self._run([output for output in found if isinstance(output, Output)]), maxlen=0)
+        return [one if isinstance(one, LlamaError) else one.request.error or one.score() for one in found]
+
     def format_dialog(self, dialog: Dialog) -> ChatPrompt:
         """The exact prompt that `chat_completion` would run for a dialog."""
-        check_dialog(dialog, 0)
+        check_dialog(dialog, "the dialog")
         return format_dialog(dialog, self.tokenizer)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -237,10 +285,19 @@ class Llama:
                 raise PromptError(f"prompt {index} is {type(prompt).__name__}, not a string: {prompt!r:.60}")
         return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
+    def _tokens(self, prompt: str | Dialog, allow_special_tags: bool) -> list[int] | None:
+        """The tokens of a text or dialog; None for a dialog to refuse."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True, eos=False)
+        check_dialog(prompt, "the dialog")
+        if has_special_tags(prompt) and not allow_special_tags:
+            return None
+        return format_dialog(prompt, self.tokenizer).tokens
+
     def _chat_prompts(self, dialogs: Sequence[Dialog], allow_special_tags: bool) -> list[ChatPrompt | None]:
         """The prompt of each dialog; None for one to refuse."""
         for index, dialog in enumerate(dialogs):
-            check_dialog(dialog, index)
+            check_dialog(dialog, f"dialog {index}")
         return [
             None if has_special_tags(dialog) and not allow_special_tags else format_dialog(dialog, self.tokenizer)
             for dialog in dialogs
@@ -271,20 +328,29 @@ class Llama:
     ) -> list[Output]:  # fmt: skip
         """Checked requests for every prompt that is not None, n each; errors call a prompt `kind` and its index."""
         fresh: deque[Output] = deque()
-        outputs: list[Output] = []
-        for index, (prompt, params) in enumerate(zip(prompts, every, strict=True)):
-            if prompt is None:
-                continue
-            seed = self._next_seed() if params.seed is None else params.seed
-            for sample in range(params.n):
-                request = Request(
-                    prompt, params, derive_seed(seed, sample) if sample else seed,
-                    stop_tokens=frozenset((self.tokenizer.eos_id, *params.stop_token_ids)),
-                    prompt_logprobs=score or (echo and (params.logprobs or params.top_logprobs > 0)),
-                    name=f"{kind} {index}",
-                )  # fmt: skip
-                self.engine.check(request)
-                outputs.append(Output(self.engine, self.tokenizer, request, index, echo, fresh))
+        return [
+            output
+            for index, (prompt, params) in enumerate(zip(prompts, every, strict=True))
+            if prompt is not None
+            for output in self._samples(prompt, params, f"{kind} {index}", index, fresh, echo=echo, score=score)
+        ]
+
+    def _samples(
+        self, prompt: list[int], params: SamplingParams, name: str, index: int, fresh: "deque[Output]",
+        *, echo: bool = False, score: bool = False,
+    ) -> list[Output]:  # fmt: skip
+        """The n checked requests of one prompt, which errors call `name`."""
+        seed = self._next_seed() if params.seed is None else params.seed
+        outputs = []
+        for sample in range(params.n):
+            request = Request(
+                prompt, params, derive_seed(seed, sample) if sample else seed,
+                stop_tokens=frozenset((self.tokenizer.eos_id, *params.stop_token_ids)),
+                prompt_logprobs=score or (echo and (params.logprobs or params.top_logprobs > 0)),
+                name=name,
+            )  # fmt: skip
+            self.engine.check(request)
+            outputs.append(Output(self.engine, self.tokenizer, request, index, echo, fresh))
         return outputs
 
     def _next_seed(self) -> int:
@@ -326,12 +392,6 @@ class Llama:
         _raise_first(outputs)
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ParameterError(f"{name}={value!r} is out of range: expected an integer, 1 or more")
-
-
 def _check_seed(seed: int | None) -> None:
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
         raise ParameterError(f"seed={seed!r} is out of range: expected an integer from 0 to 2**64 - 1, or None")
@@ -351,6 +411,10 @@ def _prediction(samples: list[Output], generation: Callable[[str], Any]) -> Any:
     """The dict of one prompt; with several samples it is that of the first, and `samples` has them all."""
     dicts = [{"generation": generation(output.text), **output.result()} for output in samples]
     return {**dicts[0], "samples": dicts} if len(dicts) > 1 else dicts[0]
+
+
+def _as_it_is(text: str) -> str:
+    return text
 
 
 def _assistant(text: str) -> Message:

@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import sys
+from datetime import timedelta
+from typing import Any
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
@@ -92,11 +94,24 @@ def _join_process_group(device: torch.device) -> None:
 
 def agree(number: int, device: torch.device) -> int:
     """Rank 0's number, on every rank; `device` is the one that this rank's collectives use."""
+    return broadcast(number, device)
+
+
+def broadcast(value: Any, device: torch.device, group: dist.ProcessGroup | None = None) -> Any:
+    """The value that the first rank of `group` (None: of all) has, on every rank of it."""
     if world_size() == 1:
-        return number
-    numbers = [number]
-    dist.broadcast_object_list(numbers, src=0, device=device)
-    return numbers[0]
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=dist.get_global_rank(group, 0) if group else 0, group=group, device=device)
+    return values[0]
+
+
+def patient_group() -> dist.ProcessGroup | None:
+    """A group of all ranks, over their CPUs, in which one may keep the others waiting while a person thinks.
+
+    In other groups the waiting ones give up after 10 to 30 minutes. None where there is one process.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365)) if world_size() > 1 else None
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:

@@ -1,6 +1,8 @@
 """What is asked for (`SamplingParams`, `Request`) and what comes back (`Completion`)."""
 
+import hashlib
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -133,6 +135,12 @@ class Completion:
     completion_tokens: int
     time_to_first_token: float | None
     time: float
+
+
+def derive_seed(seed: int, counter: int) -> int:
+    """A seed of 63 bits for the `counter`-th request or sample under `seed`."""
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, counter), digest_size=8, person=b"seed").digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _is_number(value: Any) -> bool:

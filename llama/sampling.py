@@ -28,12 +28,6 @@ def uniform(key: bytes, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 40) * 2.0**-24  # exact in float32
 
 
-def derive_seed(seed: int, counter: int) -> int:
-    """A seed of 63 bits for the `counter`-th request or sample under `seed`."""
-    digest = hashlib.blake2b(struct.pack("<QQ", seed, counter), digest_size=8, person=b"seed").digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, noise: Tensor) -> Tensor:
     """Draw a token (R,) int64 for each row of logits (R, V); all else is (R,), float32 but for int64 top_k.
 

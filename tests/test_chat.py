@@ -87,10 +87,10 @@ def test_special_tags_are_found_in_any_message(tag: str) -> None:
 )
 def test_wrong_dialogs_are_named(dialog: object, said: str) -> None:
     with pytest.raises(PromptError) as error:
-        check_dialog(dialog, 4)
+        check_dialog(dialog, "dialog 4")
     assert str(error.value).startswith(said)
 
 
 def test_right_dialogs_pass() -> None:
     for dialog in ([USER], [SYSTEM, USER], [USER, ANSWER, USER], (SYSTEM, USER, ANSWER, USER)):
-        check_dialog(dialog, 0)
+        check_dialog(dialog, "dialog 0")

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import llama.sampling as sampling
-from llama.request import SamplingParams
-from llama.sampling import adjust, derive_seed, noise_key, sample, top_logprobs, uniform
+from llama.request import SamplingParams, derive_seed
+from llama.sampling import adjust, noise_key, sample, top_logprobs, uniform
 
 
 def draw(logits: torch.Tensor, noise: list[float], temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> list[int]:
