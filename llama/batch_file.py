@@ -1,45 +1,208 @@
-"""Files of prompts: text with a prompt a line, or JSON lines with a dialog a line."""
+"""Files of prompts: their lines → requests, and results → lines. One file may mix texts, dialogs and OpenAI's form."""
 
 import json
+import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal
 
-from llama.errors import PromptError
+from llama import openai_batch
+from llama.chat import Dialog
+from llama.errors import LlamaError, ParameterError, PromptError
+from llama.request import SamplingParams, derive_seed
+
+Format = Literal["text", "jsonl"]
+SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
+_EXPECTED = 'expected {"prompt": …}, {"messages": […]}, a list of messages, or OpenAI\'s batch form'
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line that asks for something: a request, or the reason why it is none."""
+
+    number: int  # in the file, from 1
+    id: str | int | None = None
+    prompt: str | Dialog = ""
+    params: SamplingParams | None = None
+    error: str | None = None
+    call: openai_batch.Call | None = None  # where the line is of OpenAI's form
+
+
+def choose_format(path: str, given: str | None) -> Format:
+    """How a file of prompts is read: as said, else by its name. Raises ParameterError for another format."""
+    if given is None:
+        return "jsonl" if path.endswith((".jsonl", ".ndjson")) else "text"
+    if given not in ("text", "jsonl"):
+        raise ParameterError(f"format={given!r} is not a format: use text (a prompt a line) or jsonl")
+    return given  # type: ignore[return-value]
+
+
+def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """(Line number, bytes) of every line that is not blank, without its line end. "-" is standard input."""
+    try:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+            for number, data in enumerate(file, 1):
+                line = data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data
+                if line.strip():
+                    yield number, line.removesuffix(b"\n").removesuffix(b"\r")
+    except OSError as error:
+        raise PromptError(f"prompts file {path} cannot be read: {error.strerror}") from None
+
+
+def read_line(number: int, data: bytes, form: Format, defaults: SamplingParams, seed: int) -> Line:
+    """What one line asks for, with the sampling fields it sets; its noise comes from `seed` and its number.
+
+    A line that is none says why in its `error`.
+    """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        return Line(number, error=f"not UTF-8 text ({error.reason} at byte {error.start})")
+    line = Line(number, prompt=text) if form == "text" else _read_json(number, text, defaults)
+    if line.error is None:
+        params = line.params or defaults
+        line = replace(
+            line, params=replace(params, seed=derive_seed(seed, number) if params.seed is None else params.seed)
+        )
+    return line
+
+
+def _read_json(number: int, text: str, defaults: SamplingParams) -> Line:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Line(number, error=f"not JSON ({error}): {_EXPECTED}")
+    if isinstance(value, list):
+        return Line(number, prompt=value)
+    if not isinstance(value, dict):
+        return Line(number, error=f"a JSON {type(value).__name__}: {_EXPECTED}")
+    if "custom_id" in value or "body" in value:
+        return _read_openai(number, value, defaults)
+    return _read_object(number, value, defaults)
+
+
+def _read_object(number: int, value: dict[str, Any], defaults: SamplingParams) -> Line:
+    name = value.pop("id", None)
+    if not isinstance(name, str | int | None) or isinstance(name, bool):
+        return Line(number, error=f"id is a JSON {type(name).__name__}: expected a string or an integer")
+    try:
+        if ("prompt" in value) == ("messages" in value):
+            both = "both prompt and messages" if "prompt" in value else "neither prompt nor messages"
+            raise PromptError(f"{both}: {_EXPECTED}")
+        kind = str if "prompt" in value else list
+        prompt = value.pop("prompt" if kind is str else "messages")
+        if not isinstance(prompt, kind):
+            raise PromptError(
+                f"a {'prompt' if kind is str else 'messages'} that is {type(prompt).__name__}: {_EXPECTED}"
+            )
+        return Line(number, name, prompt, replace(defaults, **sampling_fields(value)))
+    except LlamaError as error:
+        return Line(number, name, error=str(error))
+
+
+def _read_openai(number: int, value: dict[str, Any], defaults: SamplingParams) -> Line:
+    call = openai_batch.Call.of(value)
+    try:
+        prompt, given = openai_batch.read_body(value)
+        return Line(number, prompt=prompt, params=replace(defaults, **sampling_fields(given)), call=call)
+    except LlamaError as error:
+        return Line(number, error=str(error), call=call)
+
+
+def sampling_fields(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object's sampling fields as SamplingParams takes them; raises ParameterError for any that is none."""
+    for name in value:
+        if name not in SAMPLING_FIELDS:
+            near = get_close_matches(name, SAMPLING_FIELDS, 1)
+            raise ParameterError(f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    bias = value.get("logit_bias")
+    if not isinstance(bias, dict):
+        return value
+    try:
+        return {**value, "logit_bias": {int(token): number for token, number in bias.items()}}
+    except ValueError:
+        raise ParameterError(f"logit_bias={bias!r} has a key that is no token id") from None
+
+
+def result_line(line: Line, result: Any) -> bytes:
+    """The line of the output for a prediction, or for the LlamaError that came instead: always the same bytes."""
+    if isinstance(result, LlamaError):
+        return error_line(replace(line, error=str(result)))
+    if line.call:
+        return _encode(openai_batch.response(line.number, line.call, result))
+    return _encode({"line": line.number, "id": line.id, **_fields(result)})
+
+
+def error_line(line: Line) -> bytes:
+    if line.call:
+        return _encode(openai_batch.failure(line.number, line.call, line.error or ""))
+    return _encode({"line": line.number, "id": line.id, "error": line.error})
+
+
+def line_number(record: bytes) -> int | None:
+    """Which line of the input a whole line of the output belongs to; None where it is torn."""
+    try:
+        value = json.loads(record)
+    except (ValueError, RecursionError):
+        return None
+    if not record.endswith(b"\n") or not isinstance(value, dict):
+        return None
+    number = value.get("line", openai_batch.line_number(value))
+    return number if isinstance(number, int) and number > 0 else None
+
+
+def is_failure(record: bytes) -> bool:
+    """Whether a line of the output says that its request failed."""
+    value = json.loads(record)
+    return value.get("error") is not None or openai_batch.is_failure(value)
+
+
+def _fields(result: dict[str, Any]) -> dict[str, Any]:
+    """What of a prediction is the same in every run: not its times."""
+    generation = result["generation"]
+    text = generation if isinstance(generation, str) else generation["content"]
+    kept = {
+        key: value
+        for key, value in result.items()
+        if key not in ("generation", "samples", "time", "time_to_first_token")
+    }
+    if "samples" in result:
+        kept["samples"] = [_fields(sample) for sample in result["samples"]]
+    return {"text": text, **kept}
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # an id with half a surrogate pair
+        return json.dumps(record).encode() + b"\n"
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a text file, one prompt each; empty lines are left out. Raises PromptError where it is no text."""
-    return [line for _, line in _lines(path)]
+    """The lines of a text file, one prompt each; blank lines are left out. Raises PromptError where it is no text."""
+    return [_text(path, number, data) for number, data in numbered_lines(path)]
 
 
 def read_dialogs(path: str) -> list[list[Any]]:
     """The dialogs of a JSON-lines file: lists of messages, or objects with "messages". Raises PromptError by line."""
-    dialogs = []
-    for number, line in _lines(path):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise PromptError(f"{path} line {number} is not JSON ({error}): expected a list of messages") from None
-        dialog = value.get("messages") if isinstance(value, dict) else value
-        if not isinstance(dialog, list):
-            raise PromptError(f'{path} line {number} is not a list of messages, nor {{"messages": […]}}')
-        dialogs.append(dialog)
-    return dialogs
+    return [_dialog(path, number, _text(path, number, data)) for number, data in numbered_lines(path)]
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """(Line number, line) of every line that is not blank, without its line end."""
-    offset = 0
+def _text(path: str, number: int, data: bytes) -> str:
     try:
-        with open(Path(str(path)), "rb") as file:
-            for number, data in enumerate(file, 1):
-                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
-                offset += len(data)
-                if line.strip():
-                    yield number, line.removesuffix("\n").removesuffix("\r")
-    except OSError as error:
-        raise PromptError(f"prompts file {path} cannot be read: {error.strerror}") from None
+        return data.decode()
     except UnicodeDecodeError as error:
-        place = f"{error.reason} at byte {offset + error.start}"
+        place = f"{error.reason} at byte {error.start} of line {number}"
         raise PromptError(f"prompts file {path} is not UTF-8 text ({place})") from None
+
+
+def _dialog(path: str, number: int, line: str) -> list[Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{path} line {number} is not JSON ({error}): expected a list of messages") from None
+    dialog = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(dialog, list):
+        raise PromptError(f'{path} line {number} is not a list of messages, nor {{"messages": […]}}')
+    return dialog

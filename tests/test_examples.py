@@ -246,10 +246,10 @@ def test_a_prompt_is_a_line(tmp_path: Path, data: bytes, prompts: list[str]) -> 
 
 @pytest.mark.parametrize("before", [b"", b"[]\n", b"[1, 2]\n" * 5000])
 def test_bytes_that_are_no_text_are_found_where_they_are(tmp_path: Path, before: bytes) -> None:
-    """The place that the message names is the byte's place in the file, however long that is."""
+    """The message names the byte's place in its line, and the line."""
     file = tmp_path / "prompts.txt"
     file.write_bytes(before + b"\xff\n")
-    said = rf"prompts\.txt is not UTF-8 text \(invalid start byte at byte {len(before)}\)"
+    said = rf"prompts\.txt is not UTF-8 text \(invalid start byte at byte 0 of line {before.count(10) + 1}\)"
     for read in (read_prompts, read_dialogs):
         with pytest.raises(PromptError, match=said):
             read(str(file))

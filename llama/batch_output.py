@@ -1,0 +1,297 @@
+"""The output of a prompt file: lines that are written whole or not at all, and what a killed run needs to go on.
+
+Beside OUT.jsonl lies OUT.jsonl.run, which says what the run is (input, model, parameters); a second replica writes
+OUT.jsonl.part1, a third OUT.jsonl.part2, … until they are joined. Which requests are done is read from the results
+themselves, so there is no second record of it that could disagree.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llama.batch_file import is_failure, line_number
+from llama.errors import ParameterError, PromptError
+
+_COPIED = 1 << 20  # bytes at once
+
+
+class LineSet:
+    """A set of line numbers, one bit each."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, number: int) -> bool:
+        place, bit = divmod(number, 8)
+        return place < len(self._bits) and bool(self._bits[place] >> bit & 1)
+
+    def add(self, number: int) -> None:
+        if number in self:
+            return
+        place, bit = divmod(number, 8)
+        self._bits.extend(bytes(max(0, place + 1 - len(self._bits))))
+        self._bits[place] |= 1 << bit
+        self._count += 1
+
+
+class ResultFile:
+    """A file of result lines that only one process has open: a torn end is cut off when it is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ParameterError where the file cannot be opened, or another process has it."""
+        self.path = path
+        with reported(path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _lock(self._descriptor, path)
+        self._size = os.fstat(self._descriptor).st_size
+
+    def scan(self, done: LineSet) -> int:
+        """Note the lines that are there in `done`, cut off what follows the last whole one; return how many failed."""
+        failed, good = 0, 0
+        for record in _records(self.path):
+            done.add(line_number(record) or 0)
+            failed += is_failure(record)
+            good += len(record)
+        if good < self._size:
+            self._cut(good)
+        return failed
+
+    def append(self, record: bytes) -> None:
+        """Write one line, whole or not at all. Raises ParameterError where the disk is full, say."""
+        with reported(self.path):
+            try:
+                _write_all(self._descriptor, record, self._size)
+            except OSError:
+                self._cut(self._size)
+                raise
+        self._size += len(record)
+
+    def sync(self) -> None:
+        with reported(self.path):
+            os.fsync(self._descriptor)
+
+    def __enter__(self) -> "ResultFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._descriptor)
+
+    def _cut(self, size: int) -> None:
+        os.ftruncate(self._descriptor, size)
+        self._size = size
+
+
+@contextlib.contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """An error of writing becomes one line, which says that what is finished is kept."""
+    try:
+        yield
+    except OSError as error:
+        raise ParameterError(
+            f"{path} cannot be written: {error.strerror}; what is finished is kept: mend that and start the same"
+            " command again"
+        ) from None
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Keep other runs from the file while this process lives, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ParameterError(f"{path} is being written by another run: wait for it, or name another --output") from None
+    except OSError:
+        return  # a file system without locks
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """The whole lines of a result file, up to the first that is torn."""
+    with reported(path), open(path, "rb") as file:
+        for record in file:
+            if line_number(record) is None:
+                return
+            yield record
+
+
+def part(output: Path, replica: int) -> Path:
+    """Where a replica writes: the first straight into the output."""
+    return output if replica == 0 else output.with_name(f"{output.name}.part{replica}")
+
+
+def join_parts(results: ResultFile, done: LineSet) -> int:
+    """Move what other replicas wrote to the end of the output, each line once; return how many of it failed."""
+    failed = 0
+    for path in _parts(results.path):
+        for record in _records(path):
+            number = line_number(record) or 0
+            if number not in done:
+                results.append(record)
+                done.add(number)
+                failed += is_failure(record)
+        results.sync()
+        path.unlink()
+    return failed
+
+
+def has_parts(output: Path) -> bool:
+    return bool(_parts(output))
+
+
+def _parts(output: Path) -> list[Path]:
+    prefix = f"{output.name}.part"
+    files = output.absolute().parent.iterdir()
+    return sorted(path for path in files if path.name.startswith(prefix) and path.name[len(prefix) :].isdecimal())
+
+
+def sort_by_line(path: Path) -> None:
+    """Put the lines of an output into the order of the input; eight bytes of memory a line, twice the disk for a while.
+
+    The sorted file takes the place of the other in one move.
+    """
+    places, at, last, ordered = array("Q"), 0, 0, True
+    for record in _records(path):
+        number = line_number(record) or 0
+        places.extend([0] * (number + 1 - len(places)))
+        places[number] = at + 1  # 0: no such line
+        ordered, last, at = ordered and number > last, number, at + len(record)
+    if ordered:
+        return
+    target = path.with_name(f"{path.name}.sorting")
+    with reported(path):
+        try:
+            with open(path, "rb") as source, open(target, "wb") as file:
+                for place in places:
+                    if place:
+                        source.seek(place - 1)
+                        file.write(source.readline())
+                _flush(file)
+            os.replace(target, path)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# ------------------------------------------------------------------------------------------------- what the run is
+
+
+def identity_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.run")
+
+
+def read_identity(output: Path) -> dict[str, Any] | None:
+    """What the run that began this output was; None where none did."""
+    path = identity_path(output)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise ParameterError(f"{path} cannot be read, so {output} cannot be finished: name another --output") from None
+
+
+def write_identity(output: Path, identity: dict[str, Any]) -> None:
+    path = identity_path(output)
+    target = path.with_name(f"{path.name}.new")
+    with reported(path):
+        with open(target, "w", encoding="utf-8") as file:
+            json.dump(identity, file, indent=1, ensure_ascii=False)
+            _flush(file)
+        os.replace(target, path)
+
+
+def check_same(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ParameterError that names what differs, unless a run that was begun may be finished by this one."""
+    for key in before.keys() | now.keys():
+        if before.get(key) == now.get(key):
+            continue
+        was, is_ = before.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(is_, dict):
+            names = [name for name in sorted(was.keys() | is_.keys()) if was.get(name) != is_.get(name)]
+            changed = ", ".join(f"{name} was {_short(was.get(name))} and is {_short(is_.get(name))}" for name in names)
+        else:
+            changed = f"it was {_short(was)} and is {_short(is_)}"
+        raise ParameterError(
+            f"{output} was begun with a different {key}: {changed}; start the same command as then, or name another"
+            " --output"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+# ------------------------------------------------------------------------------------------------------- its input
+
+
+def check_paths(file: str, output: str) -> None:
+    """Raise PromptError or ParameterError where `file` cannot be read or `output` cannot be made: before any work."""
+    if file != "-" and not os.access(file, os.R_OK):
+        why = "it may not be read" if os.path.exists(file) else "no such file"
+        raise PromptError(f"prompts file {file} cannot be read: {why}")
+    if os.path.isdir(file):
+        raise PromptError(f"prompts file {file} is a folder: name a file, or - for standard input")
+    out = Path(output)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ParameterError(
+            f"--output {output} cannot be written: {'it is a' if out.is_dir() else 'there is no such'} folder"
+        )
+    if file != "-" and out.exists() and os.path.samefile(file, out):
+        raise ParameterError(f"--output {output} is the prompts file itself: name another")
+
+
+def settle_input(file: str, output: Path) -> str:
+    """The path from which lines can be read twice: a regular file as it is; what flows is first copied beside OUT."""
+    if file != "-" and os.path.isfile(file):
+        return file
+    copy = output.with_name(f"{output.name}.input")
+    try:
+        source = sys.stdin.buffer if file == "-" else open(file, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise PromptError(f"prompts file {file} cannot be read: {error.strerror}") from None
+    with source, reported(copy), open(copy, "wb") as target:
+        shutil.copyfileobj(source, target, _COPIED)
+    return str(copy)
+
+
+def drop_input_copy(output: Path) -> None:
+    output.with_name(f"{output.name}.input").unlink(missing_ok=True)
+
+
+def measure(path: str) -> tuple[str, int]:
+    """(SHA-256 of a file, how many of its lines are not blank), read as a stream."""
+    digest, lines = hashlib.sha256(), 0
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                digest.update(line)
+                lines += bool(line.strip())
+    except OSError as error:
+        raise PromptError(f"prompts file {path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest(), lines

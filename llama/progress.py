@@ -1,0 +1,46 @@
+"""How far a run is: one bar in a terminal, else a line now and then, on stderr."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+PAUSE = 5.0  # seconds between two lines
+
+
+class Progress:
+    """Shows requests done, tokens per second in and out, and the time that is left; silent where `quiet`."""
+
+    def __init__(self, total: int, done: int, *, quiet: bool) -> None:
+        self._total, self._before = total, done
+        self._started = self._said = time.monotonic()
+        self._quiet = quiet
+        self._bar = None
+        if not quiet and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc="requests", unit="", dynamic_ncols=True)
+
+    def show(self, done: int, read: int, made: int) -> None:
+        """`done` requests in all; `read` and `made`: tokens of prompts and completions since the start."""
+        now = time.monotonic()
+        seconds = max(now - self._started, 1e-3)
+        rates = f"{read / seconds:.0f} tokens/s in, {made / seconds:.0f} out"
+        if self._bar is not None:
+            self._bar.set_postfix_str(rates, refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif not self._quiet and now - self._said >= PAUSE:
+            self._said = now
+            print(
+                f"llama: {done} of {self._total} requests, {rates}{self._left(done, seconds)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _left(self, done: int, seconds: float) -> str:
+        if done <= self._before:
+            return ""
+        left = round((self._total - done) * seconds / (done - self._before))
+        return f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
