@@ -1,61 +1,353 @@
-"""What every command shares: the paths it runs on, and how it ends. Parse, call, print, exit code."""
+"""The `llama` command: parse, call, print, exit code."""
 
+import contextlib
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import fire
+from llama.command_line import with_flags
+from llama.errors import LlamaError, ParameterError, PromptError
+from llama.flags import MODEL, SAMPLING, sampling_params
+from llama.shell import is_main, run
+from llama.terminal import harmless, json_line, show_completions
 
-from llama.errors import LlamaError
+if TYPE_CHECKING:
+    from llama.generation import Llama
 
 DEMO = Path(__file__).parent / "demo"  # the bundled checkpoint
+AT_ONCE = 8  # sequences held at once where --max_batch_size is left out: at most so many
+BATCH_AT_ONCE = 16  # the same for files of prompts
+HTML_ALTERNATIVES = 5  # what --html shows where --top_logprobs does not say
 
 
-def run(command: Callable[..., None]) -> None:
-    """Run a command with the arguments of the shell (fire's). An error of the user's is one line and exit code 2."""
-    try:
-        fire.Fire(command)
-    except LlamaError as error:
-        if _is_first_to_fail():
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+@with_flags(model=MODEL, sampling=SAMPLING)
+def complete(
+    *prompts: str, prompt: Sequence[str] = (), json: bool = False, html: str | None = None, show_prompt: bool = False,
+    quiet: bool = False, model: dict[str, Any], sampling: dict[str, Any],
+) -> None:  # fmt: skip
+    """Complete texts.
+
+    A text is taken as it is typed, whatever it looks like. In a terminal its completion appears while it is made.
+
+    Args:
+        prompts: the texts to complete; - is the standard input as one text.
+        prompt: one more text, which may begin with -, as in --prompt=-x; may be given several times.
+        json: print one JSON object per text.
+        html: the file for a page in which hovering a token shows its alternatives.
+        show_prompt: show the exact prompt and its tokens, on stderr.
+        quiet: nothing on stderr but errors.
+    """
+    params = sampling_params(sampling)
+    as_tokens = params.logprobs or params.top_logprobs > 0
+    if html is not None:
+        _check_writable(html)
+        params = replace(params, top_logprobs=params.top_logprobs or HTML_ALTERNATIVES)
+    params = replace(params, logprobs=params.logprobs or params.top_logprobs > 0)
+    texts = _texts(prompts, prompt, quiet)
+    llama = _build(model, max(min(len(texts) * params.n, AT_ONCE), params.num_beams), quiet)
+    from llama import parallel  # as _build has done: not earlier, for it imports torch
+
+    texts = parallel.broadcast(texts, llama.model.device)  # of the first process, which alone reads standard input
+    if show_prompt:
+        _show_prompts(llama, texts)
+    results = show_completions(llama, texts, params, as_json=json, as_tokens=as_tokens, speaks=is_main())
+    done = [(text, r) for text, r in zip(texts, results, strict=True) if not isinstance(r, LlamaError)]
+    if html is not None and is_main():
+        from llama.token_view import page
+
+        _write(html, page(done))
+    if not quiet:
+        _say_statistics([result for _, result in done])
+    if len(done) < len(texts):
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports a command that Ctrl-C ended
-    _leave_group()
+
+
+@with_flags(model=MODEL, sampling=SAMPLING)
+def chat(
+    *, system: str | None = None, show_prompt: bool = False, quiet: bool = False, model: dict[str, Any],
+    sampling: dict[str, Any],
+) -> None:  # fmt: skip
+    """Talk with a chat model in the terminal; /help there lists what can be done.
+
+    Args:
+        system: the system prompt.
+        show_prompt: show the exact prompt of each turn and its tokens, on stderr.
+        quiet: nothing on stderr but errors.
+    """
+    from llama.chat_session import check_terminal, talk
+
+    if is_main():
+        check_terminal()
+    params = sampling_params(sampling)
+    llama = _build(model, max(params.n, params.num_beams), quiet)
+    talk(llama, params, system=system, show_prompt=show_prompt, quiet=quiet)
+
+
+@with_flags(model=MODEL, sampling=SAMPLING)
+def batch(
+    file: str, *, output: str, format: str | None = None, ordered: bool = False, quiet: bool = False,
+    model: dict[str, Any], sampling: dict[str, Any],
+) -> None:  # fmt: skip
+    """Complete every prompt of a file; killed at any moment, the same command finishes the rest.
+
+    Exit code 0: all were completed; 1: some were not, and their records say why; 2: it could not run.
+
+    Args:
+        file: the prompts: a text a line, or JSON lines; - is the standard input.
+        output: where results go, one JSON object a line, each written when it is finished.
+        format: text or jsonl; if left out, jsonl for files named .jsonl or .ndjson, else text.
+        ordered: sort the results by line at the end.
+        quiet: nothing on stderr but errors.
+    """
+    from llama.batch_file import choose_format
+    from llama.batch_output import check_paths
+
+    kind = choose_format(file, format)
+    check_paths(file, output)
+    params = sampling_params(sampling)
+    llama = _build(model, max(BATCH_AT_ONCE, params.num_beams), quiet)
+    from llama.batch import run_batch  # now that torch is there
+
+    fresh = model["seed"] is None
+    failed = run_batch(llama, file, kind, output, params, fresh_seed=fresh, ordered=ordered, quiet=quiet)
+    if failed and is_main():
+        sys.exit(1)
+
+
+@with_flags(model=MODEL)
+def score(
+    file: str, *, format: str | None = None, json: bool = False, top_logprobs: int = 0, quiet: bool = False,
+    model: dict[str, Any],
+) -> None:  # fmt: skip
+    """Print the perplexity of every text of a file, without generating.
+
+    Exit code 1: some texts could not be scored.
+
+    Args:
+        file: a text a line, or JSON lines with strings or {"text": …}; - is the standard input.
+        format: text or jsonl; if left out, jsonl for files named .jsonl or .ndjson, else text.
+        json: print one JSON object per text, with the log-probability of each token.
+        top_logprobs: with --json, show so many of the most probable tokens at each place.
+        quiet: nothing on stderr but errors.
+    """
+    from llama.batch_file import choose_format
+    from llama.scoring import Total, heading, opened, row, scores
+
+    if top_logprobs and not json:
+        raise ParameterError(f"top_logprobs={top_logprobs!r} is shown in JSON alone: add --json")
+    kind = choose_format(file, format)
+    lines = opened(file) if is_main() else iter(())
+    llama = _build(model, AT_ONCE, quiet)
+    total = Total()
+    if is_main() and not json:
+        print(heading())
+    for result in scores(llama, lines, kind, top_logprobs):
+        total.add(result)
+        if is_main():
+            print(json_line(result) if json else row(result), flush=True)
+    if not quiet:
+        _say(total.line())
+    if total.failed:
+        sys.exit(1)
+
+
+def info(
+    ckpt_dir: str | None = None, *, max_seq_len: int = 2048, max_batch_size: int = AT_ONCE, json: bool = False,
+    quiet: bool = False,
+) -> None:  # fmt: skip
+    """Describe a checkpoint, and what of it fits on this machine, without loading its weights.
+
+    Args:
+        ckpt_dir: the checkpoint folder; else LLAMA_CKPT_DIR, else the bundled demo.
+        max_seq_len: the most tokens of one sequence, for the size of the KV cache.
+        max_batch_size: how many sequences are held at once, for the size of the KV cache.
+        json: print one JSON object.
+        quiet: nothing on stderr but errors.
+    """
+    from llama import checkpoint_info
+
+    if not is_main():
+        return  # torchrun's other processes have no part in it
+    found = checkpoint_info.describe(_folder(ckpt_dir, quiet), max_seq_len, max_batch_size)
+    print(json_line(found) if json else checkpoint_info.text(found))
+
+
+def verify(ckpt_dir: str | None = None, *, quiet: bool = False) -> None:
+    """Compare a checkpoint's files with the sums in its checklist.chk.
+
+    Args:
+        ckpt_dir: the checkpoint folder; else LLAMA_CKPT_DIR, else the bundled demo.
+        quiet: nothing on stderr but errors.
+    """
+    from llama import checklist
+
+    if not is_main():
+        return  # torchrun's other processes have no part in it
+    folder = _folder(ckpt_dir, quiet)
+    count = checklist.verify(folder, progress=not quiet)
+    print(f"{folder}: {count} files match checklist.chk")
+
+
+def reshard(ckpt_dir: str, out: str, *, model_parallel_size: int, quiet: bool = False) -> None:
+    """Write a checkpoint anew for another number of processes, with a fresh checklist.chk.
+
+    Not needed to run it (any number of shards loads on any number of processes), but faster to load from slow disks.
+
+    Args:
+        ckpt_dir: the checkpoint folder.
+        out: the folder to write, new or empty.
+        model_parallel_size: how many shards to write.
+        quiet: nothing on stderr but errors.
+    """
+    from llama.checkpoint_writer import reshard
+
+    if not is_main():
+        return  # torchrun's other processes have no part in it
+    written = reshard(Path(ckpt_dir), Path(out), model_parallel_size, progress=not quiet)
+    print(f"{out}: {len(written)} shards written")
+
+
+def demo(*, quiet: bool = False) -> None:
+    """Show what the bundled demo checkpoint can do: a story, an answer, and what to try next.
+
+    Args:
+        quiet: nothing on stderr but errors.
+    """
+    from llama.showcase import scenes
+
+    for scene in scenes(_build({"ckpt_dir": str(DEMO), "max_seq_len": 512}, AT_ONCE, quiet)):
+        if is_main():
+            print(f"{harmless(scene)}\n", flush=True)
+
+
+COMMANDS = {
+    command.__name__: command for command in (complete, chat, batch, score, info, verify, reshard, demo)
+}  # fmt: skip
+
+
+def main() -> None:
+    """The `llama` command."""
+    run(COMMANDS)
+
+
+# ------------------------------------------------------------------------------------------------------ what they share
 
 
 def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[str, str]:
-    """(Checkpoint folder, tokenizer file): those given; without any the demo's, which is said in one line.
+    """(Checkpoint folder, tokenizer file): those given, else those of LLAMA_CKPT_DIR and LLAMA_TOKENIZER_PATH.
 
-    A tokenizer that was not named is looked for in the checkpoint folder and beside it.
+    A tokenizer that was not named is looked for in the folder, in the environment and beside the folder. Without any
+    folder it is the demo's, which is said in one line.
     """
-    if ckpt_dir is None and tokenizer_path is None:
-        if is_main():
-            print("llama: no --ckpt_dir: running the bundled demo checkpoint", file=sys.stderr, flush=True)
-        return str(DEMO), str(DEMO / "tokenizer.model")
     if ckpt_dir is None:
-        raise LlamaError("--tokenizer_path was given without --ckpt_dir: give both, or neither for the demo checkpoint")
-    if tokenizer_path is None:
-        folder = Path(str(ckpt_dir))
-        places = [folder / "tokenizer.model", Path(os.path.abspath(folder)).parent / "tokenizer.model"]
-        found = [place for place in places if place.is_file()]
-        if not found and folder.is_dir():  # a folder that is not there is the loader's to report
-            raise LlamaError(f"no tokenizer.model in {ckpt_dir} or beside it: name it with --tokenizer_path")
-        tokenizer_path = str((found or places)[0])
-    return str(ckpt_dir), str(tokenizer_path)
+        named = os.environ.get("LLAMA_CKPT_DIR")
+        if not named and tokenizer_path is not None:
+            raise LlamaError("--tokenizer_path was given without --ckpt_dir: give both, or neither for the demo")
+        _say(f"llama: no --ckpt_dir: running {f'LLAMA_CKPT_DIR={named}' if named else 'the bundled demo checkpoint'}")
+        ckpt_dir = named or str(DEMO)
+    return str(ckpt_dir), str(tokenizer_path or _find_tokenizer(Path(str(ckpt_dir))))
 
 
-def is_main() -> bool:
-    """Whether this process talks to the person: rank 0 of those that torchrun started, or the only one."""
-    return int(os.environ.get("RANK", 0)) == 0
+def _find_tokenizer(folder: Path) -> Path:
+    inside, beside = folder / "tokenizer.model", Path(os.path.abspath(folder)).parent / "tokenizer.model"
+    if inside.is_file():
+        return inside
+    if named := os.environ.get("LLAMA_TOKENIZER_PATH"):
+        return Path(named)
+    if not beside.is_file() and folder.is_dir():  # a folder that is not there is the loader's to report
+        raise LlamaError(f"no tokenizer.model in {folder} or beside it: name it with --tokenizer_path")
+    return beside
 
 
-def _is_first_to_fail() -> bool:
-    parallel = sys.modules.get("llama.parallel")
-    return parallel.is_first_to_fail() if parallel else is_main()
+def _folder(ckpt_dir: str | None, quiet: bool) -> Path:
+    """The checkpoint folder of a command that needs no tokenizer."""
+    found = ckpt_dir or os.environ.get("LLAMA_CKPT_DIR")
+    if not found and not quiet:
+        _say("llama: no checkpoint folder: this is the bundled demo checkpoint")
+    return Path(found or DEMO)
 
 
-def _leave_group() -> None:
-    if parallel := sys.modules.get("llama.parallel"):
-        parallel.leave()
+def _build(model: dict[str, Any], at_once: int, quiet: bool) -> "Llama":
+    """Build what the flags of a command say; a batch size that was not said is `at_once`."""
+    with _silenced(quiet):
+        from llama import Llama
+
+        paths = checkpoint_paths(model["ckpt_dir"], model.get("tokenizer_path"))
+        options = {name: value for name, value in model.items() if name not in ("ckpt_dir", "tokenizer_path")}
+        if options.get("max_batch_size") is None:
+            options["max_batch_size"] = at_once
+        return Llama.build(*paths, **options)
+
+
+@contextlib.contextmanager
+def _silenced(quiet: bool) -> Iterator[None]:
+    """Where `quiet`, without what is written to stderr; errors are raised, so they are still said."""
+    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+        yield
+
+
+def _texts(prompts: Sequence[str], more: Sequence[str], quiet: bool) -> list[str]:
+    """The texts to complete; in the place of "-" what the first process reads from standard input."""
+    if not prompts and not more:
+        raise PromptError("no prompt: give llama complete a text, or - for standard input, or --prompt=TEXT")
+    if prompts.count("-") > 1:
+        raise PromptError(f"- was given {prompts.count('-')} times, but standard input is read once: give it once")
+    return [_standard_input(quiet) if text == "-" and is_main() else text for text in prompts] + list(more)
+
+
+def _standard_input(quiet: bool) -> str:
+    """All of standard input as one text, without the newline that ends it."""
+    if sys.stdin.isatty() and not quiet:
+        _say("llama: reading the prompt from the terminal; Ctrl-D ends it")
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"standard input is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
+        ) from None
+
+
+def _check_writable(path: str) -> None:
+    """Raise ParameterError, before anything is run, where a file can surely not be written in the end."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ParameterError(f"{path} cannot be written: there is no folder {folder}; make it first")
+    if Path(path).is_dir():
+        raise ParameterError(f"{path} is a folder: name a file in it")
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ParameterError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _show_prompts(llama: "Llama", texts: list[str]) -> None:
+    for text in texts:
+        tokens = llama.tokenizer.encode(text, bos=True, eos=False)
+        _say(f"llama: prompt {text!r}, {len(tokens)} tokens: {tokens}")
+
+
+def _say_statistics(results: list[Any]) -> None:
+    """Tokens in and out, and how fast, on stderr."""
+    if not results:
+        return
+    read = sum(result["prompt_tokens"] for result in results)
+    made = sum(sample["completion_tokens"] for result in results for sample in result.get("samples", [result]))
+    seconds = max(sample["time"] for result in results for sample in result.get("samples", [result]))
+    first = [result["time_to_first_token"] for result in results if result["time_to_first_token"] is not None]
+    began = f", the first after {min(first):.2f} s" if first else ""
+    _say(f"llama: {read} tokens in, {made} out in {seconds:.2f} s ({made / max(seconds, 1e-9):.1f} tokens/s){began}")
+
+
+def _say(line: str) -> None:
+    if is_main():
+        print(line, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """What many tests share: the demo checkpoint's paths, a random checkpoint, and builders of `Llama`."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "llama" / "demo"
+for name in ("LLAMA_CKPT_DIR", "LLAMA_TOKENIZER_PATH"):  # or a command that names no checkpoint would not mean the demo
+    os.environ.pop(name, None)
 
 from checkpoints import SMALL, random_weights, save  # noqa: E402
 

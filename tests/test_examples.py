@@ -173,14 +173,8 @@ def test_a_bad_dialog_in_a_file_is_one_line(fails: Shell, tmp_path: Path, lines:
     assert line.startswith(f"{file}{said}" if said.startswith(" ") else said)
 
 
-def test_ctrl_c_ends_a_command_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def command() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["command"])
-    with pytest.raises(SystemExit) as ended:
-        cli.run(command)
-    assert ended.value.code == 130 and capsys.readouterr().err == ""
+def test_an_unknown_flag_is_said_before_anything_runs(fails: Shell) -> None:
+    assert fails(TEXT, "--temprature", "0").startswith("there is no flag '--temprature': did you mean --temperature?")
 
 
 # ------------------------------------------------------------------------------------------------------------- paths
