@@ -17,7 +17,9 @@ from llama.errors import CheckpointError, DeviceError
 from llama.model import ModelArgs, Transformer
 from llama.parallel import choose_dtype, model_parallel_rank, model_parallel_size
 from llama.params_file import read_params
+from llama.quantization import QUANTIZE
 from llama.resharding import either, plan, possible_sizes, split_axis
+from llama.weight_format import FORMATS, check_groups, is_matrix, quantized_shapes, scales_of
 
 # The matrices that are joined while they are read, in the order of their rows.
 JOINED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
@@ -125,9 +127,14 @@ def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def stored_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Every tensor's name on disk and its whole shape: a quantised matrix is two, its integers and its scales."""
+    return quantized_shapes(expected_shapes(args), args.quantize)
+
+
 def check_tensors(shards: list[dict[str, Tensor]], args: ModelArgs, folder: Path) -> None:
     """Raise CheckpointError listing what is missing, unexpected, or of a wrong shape or dtype in any shard."""
-    expected = expected_shapes(args)
+    expected = stored_shapes(args)
     for number, tensors in enumerate(shards):
         faults = [f"{name} is missing" for name in expected if name not in tensors]
         faults += [f"{name} is unexpected" for name in tensors if name not in expected and name not in IGNORED]
@@ -137,11 +144,19 @@ def check_tensors(shards: list[dict[str, Tensor]], args: ModelArgs, folder: Path
             shape, found = shard_shape(name, whole, len(shards)), tuple(tensors[name].shape)
             if found != shape:
                 faults.append(f"{name} has shape {found} where params.json and {len(shards)} shards make it {shape}")
-            elif not tensors[name].is_floating_point():
-                faults.append(f"{name} is {tensors[name].dtype}, not a floating-point tensor")
+            elif fault := _wrong_dtype(name, tensors[name].dtype, args.quantize):
+                faults.append(f"{name} is {tensors[name].dtype}, not {fault}")
         if faults:
             path = folder / f"consolidated.{number:02d}.pth"
             raise CheckpointError(f"{path} does not fit params.json: {_listed(faults, '; ')}")
+
+
+def _wrong_dtype(name: str, found: torch.dtype, quantize: str | None) -> str | None:
+    """What a tensor should be instead, if its dtype is none that it may have."""
+    if quantize and is_matrix(name) and name.endswith(".weight"):
+        wanted = FORMATS[quantize].dtype
+        return None if str(found) == f"torch.{wanted}" else wanted
+    return None if found.is_floating_point else "a floating-point tensor"
 
 
 def shard_shape(name: str, whole: tuple[int, ...], shards: int) -> tuple[int, ...]:
@@ -170,23 +185,44 @@ def check_split(args: ModelArgs, shards: int, processes: int, do: str = "start")
             raise DeviceError(f"{counted}, but {what} cannot be split over {processes} processes: {ways}")
 
 
-def fill(model: Transformer, shards: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype) -> None:
+def fill(
+    model: Transformer, shards: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype,
+    stored: str | None = None,
+) -> None:  # fmt: skip
     """Give every parameter of a model on the meta device this rank's slices of the shards, converted on the way.
 
-    The shards must be memory-mapped, as `open_shard` gives them: what has been read of them is let go.
+    The shards must be memory-mapped, as `open_shard` gives them: what has been read of them is let go. Matrices of a
+    quantised model are quantised one by one, unless they are `stored` so.
     """
-    shapes = expected_shapes(model.params)
-    mp, rank = model_parallel_size(), model_parallel_rank()
-    for name, parameter in list(model.named_parameters()):
-        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
-        row = 0
-        for source in sources(name):
-            rows = shard_shape(source, shapes[source], mp)[0]
-            read_slice(weight[row : row + rows], source, shapes[source], shards, mp, rank)
-            row += rows
-        assert row == weight.shape[0]
+    quantize = model.params.quantize
+    shapes = quantized_shapes(expected_shapes(model.params), stored)
+    for name, _ in list(model.named_parameters()):
+        names = sources(name)
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+        module = model.get_submodule(owner)
+        if quantize is None or not is_matrix(names[0]):
+            weight = _joined(names, shapes, shards, dtype, device)
+        elif stored:
+            weight = _joined(names, shapes, shards, getattr(torch, FORMATS[stored].dtype), device)
+            module.scales = _joined(list(map(scales_of, names)), shapes, shards, torch.float16, device)
+        else:
+            weight, module.scales = QUANTIZE[quantize](_joined(names, shapes, shards, stored_dtype(shards), device))
+        setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+
+
+def _joined(
+    names: list[str], shapes: dict[str, tuple[int, ...]], shards: list[dict[str, Tensor]], dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """This rank's slices of several tensors, one below the other, in `dtype` on `device`."""
+    mp, rank = model_parallel_size(), model_parallel_rank()
+    parts = [shard_shape(name, shapes[name], mp) for name in names]
+    whole = torch.empty((sum(part[0] for part in parts), *parts[0][1:]), dtype=dtype, device=device)
+    row = 0
+    for name, (rows, *_) in zip(names, parts, strict=True):
+        read_slice(whole[row : row + rows], name, shapes[name], shards, mp, rank)
+        row += rows
+    return whole
 
 
 def sources(name: str) -> list[str]:
@@ -274,19 +310,27 @@ def open_checkpoint(folder: Path) -> tuple[ModelArgs, list[str], list[dict[str, 
 
 def load(
     folder: Path, shards: list[dict[str, Tensor]], args: ModelArgs, device: torch.device, dtype: torch.dtype | None,
-    max_step_tokens: int,
+    max_step_tokens: int, quantize: str | None = None,
 ) -> Transformer:  # fmt: skip
     """This rank's part of the model, in `dtype` (None: see `choose_dtype`), after all that can be checked first.
 
-    Raises CheckpointError where tensors do not fit `args`, DeviceError where the processes or the free memory
-    do not allow it (the room for `args.max_batch_size` sequences of `args.max_seq_len` included).
+    `quantize` None holds the matrices as they are stored; `args.quantize` becomes how they are held. Raises
+    CheckpointError where tensors do not fit `args`, DeviceError where the processes or the free memory do not allow it
+    (the room for `args.max_batch_size` sequences of `args.max_seq_len` included).
     """
     check_tensors(shards, args, folder)
+    stored, args.quantize = args.quantize, quantize or args.quantize
+    if stored not in (None, args.quantize):
+        raise CheckpointError(
+            f"{folder} is quantised as {stored}, so quantize={quantize} cannot be had of it: leave quantize out, or use"
+            " the checkpoint that it was made from"
+        )
     mp = model_parallel_size()
     check_split(args, len(shards), mp)
+    check_groups(expected_shapes(args), args.quantize, mp)
     dtype = dtype or choose_dtype(stored_dtype(shards), device)
     needed = memory.need(args, dtype, mp, max_step_tokens)
     memory.check_fits(needed, memory.free_bytes(device), args.max_seq_len, args.max_batch_size, device)
     model = Transformer(args)
-    fill(model, shards, device, dtype)
+    fill(model, shards, device, dtype, stored)
     return model.eval()

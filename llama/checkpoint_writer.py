@@ -6,6 +6,7 @@ go by a number; the record `data/<number>` is those bytes, from a multiple of 64
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import shutil
@@ -15,7 +16,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,9 +26,19 @@ from torch._utils import _rebuild_tensor_v2  # the name by which every .pth file
 from tqdm import tqdm
 
 from llama.checklist import format_checklist
-from llama.checkpoint import IGNORED, check_split, expected_shapes, open_checkpoint, read_slice, shard_shape
+from llama.checkpoint import (
+    IGNORED,
+    check_split,
+    expected_shapes,
+    open_checkpoint,
+    read_slice,
+    shard_shape,
+    stored_shapes,
+)
 from llama.errors import CheckpointError, ParameterError
 from llama.memory import gigabytes
+from llama.quantization import QUANTIZE
+from llama.weight_format import FORMATS, check_format, check_groups, is_matrix
 
 MOST_SHARDS = 100  # consolidated.00.pth … consolidated.99.pth
 COPIED = ("params.json", "tokenizer.model")
@@ -59,13 +70,15 @@ def reshard(folder: Path, out: Path, processes: int, *, progress: bool = True) -
     where the model cannot be split.
     """
     if type(processes) is not int or not 1 <= processes <= MOST_SHARDS:
-        raise ParameterError(f"processes={processes!r} is out of range: expected an integer from 1 to {MOST_SHARDS}")
+        raise ParameterError(
+            f"model_parallel_size={processes!r} is out of range: expected an integer from 1 to {MOST_SHARDS}"
+        )
     args, _, shards = open_checkpoint(folder)
     check_split(args, len(shards), processes, "choose")
     _check_dtypes(shards, folder)
-    if out.resolve() == folder.resolve():
-        raise CheckpointError(f"{out} is the checkpoint to read: {NEW}")
-    shapes = expected_shapes(args)
+    _check_other(out, folder)
+    check_groups(expected_shapes(args), args.quantize, processes)
+    shapes = stored_shapes(args)
     layout = {
         name: torch.empty(shard_shape(name, whole, processes), dtype=shards[0][name].dtype, device="meta")
         for name, whole in shapes.items()
@@ -78,6 +91,52 @@ def reshard(folder: Path, out: Path, processes: int, *, progress: bool = True) -
 
     files = {name: _read(folder / name) for name in COPIED if (folder / name).exists()}
     return write_folder(out, [layout] * processes, contents, files, progress=progress)
+
+
+def quantize(folder: Path, out: Path, name: str, *, progress: bool = True) -> list[Path]:
+    """Write the checkpoint of `folder` anew in the folder `out`, its matrices in the weight format `name`.
+
+    As many shards as before; params.json gets "quantize". Raises as `reshard` does, and ParameterError for no format.
+    """
+    check_format(name)
+    args, _, shards = open_checkpoint(folder)
+    if args.quantize:
+        raise CheckpointError(f"{folder} is quantised already, as {args.quantize}: quantise what it was made from")
+    _check_other(out, folder)
+    _check_dtypes(shards, folder)
+    whole, count = expected_shapes(args), len(shards)
+    check_groups(whole, name, count)
+    args.quantize = name
+    layout = {
+        stored: torch.empty(shard_shape(stored, shape, count), dtype=_dtype(stored, name, shards[0]), device="meta")
+        for stored, shape in stored_shapes(args).items()
+    }
+
+    @lru_cache(maxsize=1)  # a matrix's scales are asked for right after its integers
+    def matrix(number: int, weight: str) -> tuple[Tensor, Tensor]:
+        return QUANTIZE[name](shards[number][weight])
+
+    def contents(number: int, stored: str) -> Tensor:
+        if not is_matrix(stored):
+            return shards[number][stored]
+        return matrix(number, stored.removesuffix("scales").removesuffix("weight") + "weight")[
+            stored.endswith("scales")
+        ]
+
+    files = {file: _read(folder / file) for file in COPIED if (folder / file).exists()}
+    files["params.json"] = json.dumps({**json.loads(files["params.json"]), "quantize": name}).encode()
+    return write_folder(out, [layout] * count, contents, files, progress=progress)
+
+
+def _dtype(stored: str, name: str, tensors: Tensors) -> torch.dtype:
+    if not is_matrix(stored):
+        return tensors[stored].dtype
+    return torch.float16 if stored.endswith("scales") else getattr(torch, FORMATS[name].dtype)
+
+
+def _check_other(out: Path, folder: Path) -> None:
+    if out.resolve() == folder.resolve():
+        raise CheckpointError(f"{out} is the checkpoint to read: {NEW}")
 
 
 def write_folder(

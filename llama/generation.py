@@ -21,6 +21,7 @@ from llama.output import ChatPrediction, CompletionPrediction, Output, Score, re
 from llama.params_file import read_params
 from llama.request import Request, SamplingParams, derive_seed
 from llama.tokenizer import Tokenizer
+from llama.weight_format import check_format
 
 LLAMA_2_VOCABULARY = 32000
 
@@ -62,13 +63,15 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        quantize: str | None = None,
         verify: bool = False,
         max_step_tokens: int | None = None,
     ) -> "Llama":
         """Load a checkpoint in Meta's layout; says what was chosen in one line on stderr.
 
         `max_seq_len` is the most tokens of one sequence, prompt and completion; `max_batch_size` how many sequences
-        are held at once (more may be asked for). `seed` None takes fresh entropy. Raises a subclass of LlamaError.
+        are held at once (more may be asked for). `seed` None takes fresh entropy. `quantize` "int8" or "int4" holds the
+        matrices of the layers in so many bits. Raises a subclass of LlamaError.
         """
         started = time.perf_counter()
         memory.check_sizes(
@@ -77,6 +80,7 @@ class Llama:
             max_step_tokens=1 if max_step_tokens is None else max_step_tokens,
         )
         _check_seed(seed)
+        check_format(quantize)
         place, wanted_dtype = parallel.choose_device(device), parallel.parse_dtype(dtype)
         parallel.initialize(place, model_parallel_size)
         folder = Path(ckpt_dir)
@@ -89,7 +93,7 @@ class Llama:
         args.vocab_size = _check_vocabulary(args.vocab_size, checkpoint.vocabulary(shards, folder), tokenizer)
         args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
         step_tokens = max_step_tokens or memory.step_tokens(place)
-        model = checkpoint.load(folder, shards, args, place, wanted_dtype, step_tokens)
+        model = checkpoint.load(folder, shards, args, place, wanted_dtype, step_tokens, quantize)
         llama = Llama(model, tokenizer, seed=seed, max_step_tokens=step_tokens)
         llama.ckpt_dir = folder
         if ignored:
@@ -118,8 +122,9 @@ class Llama:
         model, mp, world = self.model, parallel.model_parallel_size(), parallel.world_size()
         split = f"split over {mp} processes" if mp > 1 else "1 process"
         replicas = f" × {world // mp} replicas" if world > mp else ""
+        bits = f"{model.params.quantize} weights, " if model.params.quantize else ""
         return (
-            f"{str(model.dtype).removeprefix('torch.')} on {model.device}, {split}{replicas},"
+            f"{bits}{str(model.dtype).removeprefix('torch.')} on {model.device}, {split}{replicas},"
             f" max_seq_len={model.params.max_seq_len}, max_batch_size={model.params.max_batch_size}, seed={self.seed}"
         )
 

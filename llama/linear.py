@@ -9,13 +9,16 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from llama import kernels
 from llama.parallel import model_parallel_size
 
 FEW_ROWS = 64  # up to so many a CPU multiplies half-precision weights faster from the left
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (N, inputs) · weight (outputs, inputs)ᵀ → (N, outputs), contiguous."""
+def product(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+    """x (N, inputs) · weight (outputs, inputs)ᵀ → (N, outputs), contiguous; with `scales` the weight is quantised."""
+    if scales is not None:
+        return (kernels.product_int8 if weight.dtype == torch.int8 else kernels.product_int4)(x, weight, scales)
     if x.device.type == "cpu" and x.dtype != torch.float32 and x.shape[0] <= FEW_ROWS:
         if x.shape[0] == 1:
             return torch.mv(weight, x[0])[None]
@@ -26,16 +29,20 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 class ColumnLinear(ColumnParallelLinear):
     """Each rank computes its own outputs; they are gathered where all ranks need all of them."""
 
+    scales: Tensor | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        y = product(x, self.weight)
+        y = product(x, self.weight, self.scales)
         return gather_from_model_parallel_region(y) if self.gather_output and model_parallel_size() > 1 else y
 
 
 class RowLinear(RowParallelLinear):
     """Each rank has its own inputs; the partial sums are added over the ranks."""
 
+    scales: Tensor | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        y = product(x, self.weight)
+        y = product(x, self.weight, self.scales)
         return reduce_from_model_parallel_region(y) if model_parallel_size() > 1 else y
 
 

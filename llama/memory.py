@@ -9,6 +9,7 @@ import torch
 
 from llama.errors import DeviceError, ParameterError
 from llama.model import ModelArgs
+from llama.weight_format import FORMATS
 
 STEP_TOKENS = 2048  # the most tokens of one step where nobody says how many
 STEP_TOKENS_CPU = 512  # more gains a CPU nothing
@@ -41,10 +42,12 @@ def check_sizes(**sizes: int) -> None:
 
 def need(args: ModelArgs, dtype: torch.dtype, mp: int, max_step_tokens: int) -> Need:
     """What one of `mp` processes needs for the weights, one cached token, and a step of `max_step_tokens`."""
-    split = 2 * args.vocab_size * args.dim + args.n_layers * (
+    matrices = args.n_layers * (
         2 * args.dim * (args.n_heads + args.kv_heads) * args.head_dim + 3 * args.dim * args.hidden_dim
     )
-    weights = (split // mp + (2 * args.n_layers + 1) * args.dim) * dtype.itemsize
+    held = FORMATS[args.quantize].nbytes(matrices) if args.quantize else matrices * dtype.itemsize
+    rest = 2 * args.vocab_size * args.dim // mp + (2 * args.n_layers + 1) * args.dim
+    weights = held // mp + rest * dtype.itemsize
     cache = 2 * args.n_layers * (args.kv_heads // mp) * args.head_dim * dtype.itemsize
     activations = max_step_tokens * (8 * args.dim + 3 * args.hidden_dim // mp) * 4
     logits = 3 * max_step_tokens * args.vocab_size * 4

@@ -31,6 +31,7 @@ class ModelArgs:
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    quantize: str | None = None  # how the matrices are stored and held; see weight_format
     max_batch_size: int = 32
     max_seq_len: int = 2048
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from llama.errors import CheckpointError
 from llama.model import ModelArgs
+from llama.weight_format import FORMATS
 
 _POSITIVE_INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of")
 _POSITIVE_NUMBERS = ("norm_eps", "rope_theta", "ffn_dim_multiplier")
@@ -57,6 +58,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _check(args: ModelArgs, path: Path) -> None:
+    if args.quantize is not None and args.quantize not in FORMATS:
+        raise CheckpointError(f"{path} sets quantize={args.quantize!r}: expected {' or '.join(FORMATS)}")
     for name in (*_POSITIVE_INTS, *_POSITIVE_NUMBERS, "vocab_size"):
         value = getattr(args, name)
         if value is None and name in _OPTIONAL:

@@ -22,12 +22,12 @@ class Piece:
 
 
 def split_axis(name: str) -> int | None:
-    """The axis of a parameter by its checkpoint name ("layers.0.attention.wq.weight" → 0).
+    """The axis of a parameter, or of a quantised one's scales, by its name ("layers.0.attention.wq.weight" → 0).
 
     Raises CheckpointError for a name that Llama-2 does not have: how it is split cannot be guessed.
     """
     parts = name.split(".")
-    if len(parts) < 2 or parts[-1] != "weight" or parts[-2] not in SPLIT_AXIS:
+    if len(parts) < 2 or parts[-1] not in ("weight", "scales") or parts[-2] not in SPLIT_AXIS:
         raise CheckpointError(f"{name!r} is not a parameter of Llama-2, so how it is split is not known")
     return SPLIT_AXIS[parts[-2]]
 

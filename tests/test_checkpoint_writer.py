@@ -187,7 +187,7 @@ def refused(error: type[Exception], said: str, folder: Path, out: Path, processe
 
 @pytest.mark.parametrize("processes", [0, -1, 101, 1.0, True, "2"])
 def test_numbers_that_are_none_are_refused(folder: Path, tmp_path: Path, processes: object) -> None:
-    said = f"processes={processes!r} is out of range: expected an integer from 1 to 100"
+    said = f"model_parallel_size={processes!r} is out of range: expected an integer from 1 to 100"
     refused(ParameterError, said, folder, tmp_path / "out", processes)
 
 

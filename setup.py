@@ -1,0 +1,26 @@
+"""Compiles the CPU kernels when the package is installed, if a compiler is there; the rest is in pyproject.toml."""
+
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildKernels(build_ext):
+    """With OpenMP, or without it where the compiler has none. PyTorch brings the OpenMP library, so none is linked."""
+
+    def build_extension(self, extension: Extension) -> None:
+        flags = ["/O2"] if sys.platform == "win32" else ["-O3"]
+        for more in (["-fopenmp"], []):
+            extension.extra_compile_args = flags + more
+            try:
+                return super().build_extension(extension)
+            except Exception as error:  # no compiler, or no OpenMP: `optional` reports what remains
+                failure = error
+        raise failure
+
+
+setup(
+    ext_modules=[Extension("llama.kernels.quantized", ["llama/kernels/quantized.c"], optional=True)],
+    cmdclass={"build_ext": BuildKernels},
+)

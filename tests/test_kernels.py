@@ -1,0 +1,166 @@
+"""Products with quantised weights: every variant of the kernels against plain arithmetic."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llama import kernels
+from llama.quantization import QUANTIZE, dequantize_int4, dequantize_int8
+
+PRODUCT = {"int8": kernels.product_int8, "int4": kernels.product_int4}
+DEQUANTIZE = {"int8": dequantize_int8, "int4": dequantize_int4}
+BEST = kernels.VARIANTS[kernels._best()] if kernels.available() else None
+VARIANTS = kernels.VARIANTS[: kernels.VARIANTS.index(BEST) + 1] if BEST else ()
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason=f"{kernels.why_not()}")
+# int8 activations with a scale for each 32 numbers: half a step of 127, and bfloat16's 8 bits.
+TOLERANCE = {torch.float32: 0.012, torch.bfloat16: 0.012}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(kernels, "_variant", lambda: kernels.VARIANTS.index(request.param))
+    return request.param
+
+
+def reference(x: Tensor, q: Tensor, scales: Tensor, name: str) -> Tensor:
+    return x.double() @ DEQUANTIZE[name](q, scales).double().T
+
+
+def error(y: Tensor, expected: Tensor) -> float:
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_shape_agrees_with_plain_arithmetic(variant: str, name: str, dtype: torch.dtype) -> None:
+    """Odd numbers of rows and outputs, one run of inputs and many, whole blocks and half ones."""
+    generator = torch.Generator().manual_seed(1)
+    for outputs, inputs in ((1, 32), (3, 64), (17, 96), (64, 448), (130, 1056)):
+        q, scales = QUANTIZE[name](torch.randn(outputs, inputs, generator=generator))
+        for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 40, 65, 130):
+            x = torch.randn(n, inputs, generator=generator).to(dtype)
+            y = PRODUCT[name](x, q, scales)
+            assert y.shape == (n, outputs) and y.dtype == dtype
+            assert error(y, reference(x, q, scales, name)) < TOLERANCE[dtype] * (3 if inputs == 32 else 1), (n, outputs)
+
+
+@needs_kernels
+@given(
+    st.integers(1, 70), st.integers(1, 40), st.integers(1, 12), st.sampled_from(["int8", "int4"]), st.booleans(),
+    st.integers(1, 3), st.integers(0, 2**31),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_random_shapes_agree(
+    n: int, outputs: int, runs: int, name: str, half: bool, threads: int, seed: int
+) -> None:  # fmt: skip
+    """With integers for weights and x that every variant holds exactly, results are exact but for float32 sums."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-7, 8, (outputs, runs * 32), generator=generator).float()
+    weight[:, ::32] = -8 if name == "int4" else 127
+    x = torch.randint(-100, 101, (n, runs * 32), generator=generator).float()
+    x[:, ::32] = 127
+    x = x.bfloat16() if half else x
+    q, scales = QUANTIZE[name](weight)
+    assert DEQUANTIZE[name](q, scales).equal(weight)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = PRODUCT[name](x, q, scales)
+    finally:
+        torch.set_num_threads(before)
+    expected = reference(x, q, scales, name)
+    size = x.double().abs() @ weight.double().abs().T
+    assert ((y.double() - expected).abs() <= size * (2**-8 if half else 1e-5)).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_results_depend_on_neither_threads_nor_neighbours(variant: str, name: str) -> None:
+    """To the bit: rows of x computed together with others of the same kernel, on any number of threads."""
+    q, scales = QUANTIZE[name](torch.randn(83, 160))
+    for dtype, sizes in (
+        (torch.float32, (1, 2, 5, 8)),
+        (torch.bfloat16, (3, 7, 33) if variant == "amx" else (1, 3, 8)),
+    ):
+        x = torch.randn(40, 160).to(dtype)
+        whole = PRODUCT[name](x[: sizes[-1]], q, scales)
+        for n in sizes:
+            assert PRODUCT[name](x[:n], q, scales).equal(whole[:n])
+        before = torch.get_num_threads()
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            assert PRODUCT[name](x[: sizes[-1]], q, scales).equal(whole)
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_activations(variant: str, name: str, dtype: torch.dtype) -> None:
+    """Zeros, tiny and huge numbers; what is not finite is not finite afterwards, in its own row only."""
+    q, scales = QUANTIZE[name](torch.randn(20, 96))
+    x = torch.zeros(5, 96).to(dtype)
+    x[1], x[2], x[3] = 1e-38, 1e30, torch.randn(96).to(dtype)
+    x[4, 50] = 3e4
+    y = PRODUCT[name](x, q, scales)
+    assert (y[0] == 0).all() and y.isfinite().all()
+    assert error(y[2], reference(x[2:3], q, scales, name)[0]) < 0.03
+    assert error(y[4], reference(x[4:], q, scales, name)[0]) < 0.03
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        broken = x.clone()
+        broken[3, 70] = bad
+        y = PRODUCT[name](broken, q, scales)
+        assert not y[3].isfinite().any() and y[[0, 1, 2, 4]].isfinite().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dequantised_weights_are_those_of_plain_arithmetic(variant: str, name: str, dtype: torch.dtype) -> None:
+    q, scales = QUANTIZE[name](torch.randn(9, 224) * 3)
+    form = 0 if name == "int8" else 1
+    assert kernels.dequantize(q, scales, dtype, form).equal(DEQUANTIZE[name](q, scales, dtype))
+
+
+@needs_kernels
+def test_there_is_one_pool_of_threads() -> None:
+    """PyTorch's OpenMP runs the kernels too: no second one is loaded."""
+    code = (
+        "import re, torch\nfrom llama import kernels\nfrom llama.quantization import quantize_int8\n"
+        "torch.randn(4096, 512) @ torch.randn(512, 512)\n"
+        "kernels.product_int8(torch.randn(1, 512), *quantize_int8(torch.randn(512, 512)))\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "print(len({line.split()[-1] for line in maps.splitlines() if re.search(r'lib(g|i)?omp', line)}))\n"
+    )
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout == "1\n"
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_without_the_kernels_pytorch_computes_the_same(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """And what is missing is said."""
+    monkeypatch.setattr(kernels, "_load", lambda: (None, "no compiler"))
+    q, scales = QUANTIZE[name](torch.randn(50, 96))
+    for n in (1, 20):
+        x = torch.randn(n, 96)
+        assert error(PRODUCT[name](x, q, scales), reference(x, q, scales, name)) < 1e-5
+    assert kernels.why_not() == "no compiled kernels (no compiler): PyTorch's operators are used, which are slower"
+
+
+def test_the_variant_can_be_chosen() -> None:
+    """By LLAMA_KERNELS: a worse one than the processor has, or none."""
+    code = "from llama import kernels; print(kernels.available() and kernels.VARIANTS[kernels._variant()])"
+    for named, expected in (("portable", "portable" if kernels.available() else "False"), ("none", "False")):
+        environment = {**os.environ, "LLAMA_KERNELS": named}
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert out.stdout == f"{expected}\n", out.stderr
