@@ -10,7 +10,7 @@ class BuildKernels(build_ext):
     """With OpenMP, or without it where the compiler has none. PyTorch brings the OpenMP library, so none is linked."""
 
     def build_extension(self, extension: Extension) -> None:
-        flags = ["/O2"] if sys.platform == "win32" else ["-O3"]
+        flags = ["/O2"] if sys.platform == "win32" else ["-O3", "-fno-math-errno"]
         for more in (["-fopenmp"], []):
             extension.extra_compile_args = flags + more
             try:
@@ -21,6 +21,13 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=[Extension("llama.kernels.quantized", ["llama/kernels/quantized.c"], optional=True)],
+    ext_modules=[
+        Extension(
+            "llama.kernels.cpu",
+            ["llama/kernels/quantized.c", "llama/kernels/small.c"],
+            depends=["llama/kernels/kernels.h"],
+            optional=True,
+        )
+    ],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -1,4 +1,4 @@
-"""Products of one matrix with few rows: our int8 and int4 kernels beside PyTorch's bfloat16, in bytes of weights a second.
+"""Products of one matrix with few rows: our int8 and int4 kernels beside PyTorch's bfloat16, in bytes a second.
 
 python kernels.py [--outputs 11008 --inputs 4096]
 """
@@ -11,7 +11,7 @@ import fire
 import torch
 from report import header, table
 
-from llama import kernels
+from llama.kernels import quantized
 from llama.linear import product
 from llama.quantization import quantize_int4, quantize_int8
 
@@ -39,8 +39,8 @@ def main(outputs: int = 11008, inputs: int = 4096, repeats: int = 15) -> None:
         x = torch.randn(n, inputs).bfloat16()
         runs = [
             (weights[0].nbytes, lambda i, x=x: product(x, weights[i])),
-            (sum(part.nbytes for part in int8[0]), lambda i, x=x: kernels.product_int8(x, *int8[i])),
-            (sum(part.nbytes for part in int4[0]), lambda i, x=x: kernels.product_int4(x, *int4[i])),
+            (sum(part.nbytes for part in int8[0]), lambda i, x=x: quantized.product_int8(x, *int8[i])),
+            (sum(part.nbytes for part in int4[0]), lambda i, x=x: quantized.product_int4(x, *int4[i])),
         ]
         times = [seconds(run, copies, repeats) for _, run in runs]
         rates = [f"{size / t / 1e9:.1f}" for (size, _), t in zip(runs, times, strict=True)]

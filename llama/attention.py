@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from llama.kernels.library import usable
+from llama.kernels.small import attend
 from llama.kv_cache import KVCache
 from llama.step import Span, Step
+
+MOST_HEAD_DIM = 256  # of our kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +22,44 @@ class SpanMask:
     mask: Tensor | None
 
 
-def span_masks(step: Step) -> list[SpanMask]:
-    """The mask of each span: the same for every layer, so made once a step.
+@dataclass(frozen=True, slots=True)
+class Singles:
+    """The spans of one token each that our own kernel computes together: their rows, and where their slots begin."""
 
-    Only a chunk that continues a prompt needs one: SDPA's own causal mask assumes that the first query is at
+    rows: Tensor  # (n,) int64, of the step
+    starts: Tensor  # (n,) int64, token rows of the cache
+    lengths: Tensor  # (n,) int64
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """How a step's spans are computed: the same in every layer, so made once a step."""
+
+    spans: list[SpanMask]
+    singles: Singles | None
+
+
+def plan(step: Step, cache: KVCache) -> AttentionPlan:
+    """On a CPU single queries go to our kernel together, in one call; elsewhere each span is one of SDPA.
+
+    Only a chunk that continues a prompt needs a mask: SDPA's own causal mask assumes that the first query is at
     position 0, and a single query sees all that its slot holds.
     """
-    return [SpanMask(span, _chunk_mask(span, step.tokens.device)) for span in step.spans]
+    together = usable(cache.keys[0]) is not None and cache.keys[0].shape[-1] <= MOST_HEAD_DIM
+    single = [span for span in step.spans if span.n == 1] if together else []
+    rest = [span for span in step.spans if span.n > 1 or not together]
+    return AttentionPlan(
+        [SpanMask(span, _chunk_mask(span, step.tokens.device)) for span in rest], _singles(single, cache)
+    )
+
+
+def _singles(spans: list[Span], cache: KVCache) -> Singles | None:
+    if not spans:
+        return None
+    facts = [(span.first_row, span.slot * cache.max_seq_len, span.length) for span in spans]
+    rows, starts, lengths = torch.tensor(facts, dtype=torch.int64).T.contiguous()
+    return Singles(rows, starts, lengths, max(span.length for span in spans))
 
 
 def _chunk_mask(span: Span, device: torch.device) -> Tensor | None:
@@ -33,15 +68,18 @@ def _chunk_mask(span: Span, device: torch.device) -> Tensor | None:
     return torch.ones(span.n, span.length, dtype=torch.bool, device=device).tril(span.start)
 
 
-def attention(q: Tensor, cache: KVCache, layer: int, masks: list[SpanMask]) -> Tensor:
-    """Queries (N, H, D) → (N, H, D). The step's keys and values must be in the cache already.
+def attention(q: Tensor, cache: KVCache, layer: int, plan: AttentionPlan) -> Tensor:
+    """Queries (N, H, D), contiguous → (N, H, D). The step's keys and values must be in the cache already.
 
     The H / K query heads that share a kv head never get copies of it: a single query's heads become query
     positions of that head; a longer span sees it through a view of stride 0.
     """
     out = torch.empty_like(q)
+    if plan.singles:
+        one = plan.singles
+        attend(q, cache.keys[layer], cache.values[layer], out, one.rows, one.starts, one.lengths, one.longest)
     n_heads, head_dim = q.shape[1:]
-    for item in masks:
+    for item in plan.spans:
         span = item.span
         keys, values = cache.view(layer, span.slot, span.length)
         n_kv_heads = keys.shape[0]

@@ -51,6 +51,7 @@ class Info(TypedDict):
     ignored_params: list[str]
     parameters: int
     dtype: str
+    quantize: str | None
     shards: list[ShardInfo]
     processes: list[int]  # the numbers that it can be split over
     max_seq_len: int
@@ -84,6 +85,7 @@ def describe(folder: Path, max_seq_len: int, max_batch_size: int) -> Info:
         ignored_params=ignored,
         parameters=sum(math.prod(shape) for shape in expected_shapes(args).values()),
         dtype=_name(stored),
+        quantize=args.quantize,
         shards=[ShardInfo(file=path.name, bytes=path.stat().st_size) for path in find_shards(folder)],
         processes=process_counts(args),
         max_seq_len=max_seq_len,
@@ -133,7 +135,7 @@ def text(info: Info) -> str:
     facts = {
         "checkpoint": info["folder"],
         "files": _files(info["shards"]),
-        "parameters": f"{info['parameters']:,} in {info['dtype']}: {_size(info['weights_bytes'])}",
+        "parameters": f"{info['parameters']:,} in {_stored(info)}: {_size(info['weights_bytes'])}",
         "layers": f"{info['n_layers']} of dim {info['dim']}, hidden dim {info['hidden_dim']}",
         "heads": f"{info['n_heads']} of {info['head_dim']}, {info['n_kv_heads']} kv heads",
         "vocabulary": f"{info['vocab_size']} tokens",
@@ -144,6 +146,10 @@ def text(info: Info) -> str:
     }
     lines = [f"{name:<12}  {fact}" for name, fact in facts.items() if fact]
     return "\n".join([*lines, "", *_table(info["devices"])])
+
+
+def _stored(info: Info) -> str:
+    return f"{info['quantize']} and {info['dtype']}" if info["quantize"] else info["dtype"]
 
 
 def _files(shards: list[ShardInfo]) -> str:

@@ -16,6 +16,7 @@ from llama.chat import REFUSAL, ChatPrompt, Dialog, Message, check_dialog, forma
 from llama.checklist import verify as verify_checklist
 from llama.engine import Engine
 from llama.errors import CheckpointError, LlamaError, ParameterError, PromptError, TokenizerError
+from llama.kernels.library import why_not
 from llama.model import Transformer
 from llama.output import ChatPrediction, CompletionPrediction, Output, Score, refused
 from llama.params_file import read_params
@@ -96,6 +97,8 @@ class Llama:
         model = checkpoint.load(folder, shards, args, place, wanted_dtype, step_tokens, quantize)
         llama = Llama(model, tokenizer, seed=seed, max_step_tokens=step_tokens)
         llama.ckpt_dir = folder
+        if args.quantize and place.type == "cpu" and (reason := why_not()):
+            parallel.say(f"llama: {reason}")
         if ignored:
             parallel.say(f"llama: ignored in params.json: {', '.join(ignored)}")
         parallel.say(f"llama: {folder}, {llama._chosen()}, loaded in {time.perf_counter() - started:.2f} s")

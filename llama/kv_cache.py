@@ -26,11 +26,6 @@ class KVCache:
         """The token rows (N,) of N slots and positions: the same for every layer, so computed once a step."""
         return slots * self.max_seq_len + positions
 
-    def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values (N, K, D) at token rows (N,)."""
-        self.keys[layer].flatten(1, 2).index_copy_(1, rows, keys.transpose(0, 1))
-        self.values[layer].flatten(1, 2).index_copy_(1, rows, values.transpose(0, 1))
-
     def view(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """The slot's first `length` keys and values, each (K, length, D), without a copy."""
         return self.keys[layer][:, slot, :length], self.values[layer][:, slot, :length]

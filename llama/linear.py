@@ -9,7 +9,7 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from llama import kernels
+from llama.kernels.quantized import product_int4, product_int8
 from llama.parallel import model_parallel_size
 
 FEW_ROWS = 64  # up to so many a CPU multiplies half-precision weights faster from the left
@@ -18,7 +18,7 @@ FEW_ROWS = 64  # up to so many a CPU multiplies half-precision weights faster fr
 def product(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     """x (N, inputs) · weight (outputs, inputs)ᵀ → (N, outputs), contiguous; with `scales` the weight is quantised."""
     if scales is not None:
-        return (kernels.product_int8 if weight.dtype == torch.int8 else kernels.product_int4)(x, weight, scales)
+        return (product_int8 if weight.dtype == torch.int8 else product_int4)(x, weight, scales)
     if x.device.type == "cpu" and x.dtype != torch.float32 and x.shape[0] <= FEW_ROWS:
         if x.shape[0] == 1:
             return torch.mv(weight, x[0])[None]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
-from llama.attention import SpanMask, attention, span_masks
+from llama.attention import AttentionPlan, attention, plan
+from llama.kernels.small import gate, rms_norm, turn_and_store
 from llama.kv_cache import KVCache
 from llama.linear import column_parallel, parallel_embedding, row_parallel
 from llama.parallel import model_parallel_size
@@ -61,9 +61,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, device="meta"), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return wide.type_as(x) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_table(head_dim: int, positions: int, theta: float, device: torch.device) -> Tensor:
@@ -74,12 +72,6 @@ def rope_table(head_dim: int, positions: int, theta: float, device: torch.device
     freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
     angles = torch.outer(torch.arange(positions).float(), freqs)
     return torch.polar(torch.ones_like(angles), angles).to(device)
-
-
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn heads x (N, H, D) by the turns (N, 1, D/2) of their positions, in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -95,10 +87,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, inputs: "LayerInputs") -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2K, D)
-        turned = rotate(heads[:, : -self.n_kv_heads], inputs.turns)
-        q, k = turned.split((self.n_heads, self.n_kv_heads), dim=1)
-        inputs.cache.write(self.layer, inputs.rows, k, heads[:, -self.n_kv_heads :])
-        return self.wo(attention(q, inputs.cache, self.layer, inputs.masks).flatten(1))
+        keys, values = inputs.cache.keys[self.layer], inputs.cache.values[self.layer]
+        q = turn_and_store(heads, inputs.turns, keys, values, inputs.rows, self.n_heads)
+        return self.wo(attention(q, inputs.cache, self.layer, inputs.plan).flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -110,8 +101,7 @@ class FeedForward(nn.Module):
         self.w2 = row_parallel(args.hidden_dim, args.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(silu(gate) * up)
+        return self.w2(gate(self.w13(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -134,7 +124,7 @@ class LayerInputs:
     cache: KVCache
     rows: Tensor  # (N,) token rows of the cache to write to
     turns: Tensor  # (N, 1, D/2) complex64
-    masks: list[SpanMask]
+    plan: AttentionPlan
 
 
 class Transformer(nn.Module):
@@ -169,7 +159,7 @@ class Transformer(nn.Module):
         if self.rope is None or self.rope.shape[0] < cache.max_seq_len:
             self.rope = rope_table(self.params.head_dim, cache.max_seq_len, self.params.rope_theta, self.device)
         turns = self.rope[step.positions][:, None]
-        inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), turns, span_masks(step))
+        inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), turns, plan(step, cache))
         x = self.tok_embeddings(step.tokens)
         for layer in self.layers:
             x = layer(x, inputs)

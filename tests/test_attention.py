@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama.attention import attention, span_masks
+from llama.attention import attention, plan
 from llama.kv_cache import KVCache
 from llama.step import Step
 
@@ -17,6 +17,12 @@ CPU = torch.device("cpu")
 
 def cache_of(kv_heads: int, slots: int = 4, positions: int = 20, head_dim: int = 8, layers: int = 2) -> KVCache:
     return KVCache(layers, kv_heads, slots, positions, head_dim, torch.float32, CPU)
+
+
+def write(cache: KVCache, rows: Tensor, new: Tensor) -> None:
+    """Put keys and values (2, n, K, D) at token rows (n,) of layer 1."""
+    for stored, own in zip((cache.keys[1], cache.values[1]), new, strict=True):
+        stored.flatten(1, 2)[:, rows] = own.transpose(0, 1)
 
 
 def naive(queries: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
@@ -44,12 +50,12 @@ def test_attention_is_the_textbooks(group: int, data: st.DataObject) -> None:
     full = {slot: torch.randn(2, start + n, kv_heads, head_dim, generator=g) for slot, start, n in spans}
     for slot, start, _ in spans:  # what earlier steps wrote
         rows = cache.rows(torch.full((start,), slot), torch.arange(start))
-        cache.write(1, rows, full[slot][0, :start], full[slot][1, :start])
+        write(cache, rows, full[slot][:, :start])
     step = Step.pack([(slot, start, [5] * n) for slot, start, n in spans], [], CPU)
     new = torch.cat([full[slot][:, start:] for slot, start, _ in spans], dim=1)
-    cache.write(1, cache.rows(step.slots, step.positions), new[0], new[1])
+    write(cache, cache.rows(step.slots, step.positions), new)
     queries = torch.randn(len(step.tokens), kv_heads * group, head_dim, generator=g)
-    out = attention(queries, cache, 1, span_masks(step))
+    out = attention(queries, cache, 1, plan(step, cache))
     for span in step.spans:
         expected = naive(queries[span.rows], *full[span.slot], span.start)
         assert torch.allclose(out[span.rows], expected, atol=1e-5)

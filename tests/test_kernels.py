@@ -11,21 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama import kernels
+from llama.kernels import library, quantized
 from llama.quantization import QUANTIZE, dequantize_int4, dequantize_int8
 
-PRODUCT = {"int8": kernels.product_int8, "int4": kernels.product_int4}
+PRODUCT = {"int8": quantized.product_int8, "int4": quantized.product_int4}
 DEQUANTIZE = {"int8": dequantize_int8, "int4": dequantize_int4}
-BEST = kernels.VARIANTS[kernels._best()] if kernels.available() else None
-VARIANTS = kernels.VARIANTS[: kernels.VARIANTS.index(BEST) + 1] if BEST else ()
-needs_kernels = pytest.mark.skipif(not kernels.available(), reason=f"{kernels.why_not()}")
+BEST = library.VARIANTS[library.load()[0].llama_variant()] if library.load()[0] else None
+VARIANTS = library.VARIANTS[: library.VARIANTS.index(BEST) + 1] if BEST else ()
+needs_kernels = pytest.mark.skipif(not library.load()[0], reason=f"{library.why_not()}")
 # int8 activations with a scale for each 32 numbers: half a step of 127, and bfloat16's 8 bits.
 TOLERANCE = {torch.float32: 0.012, torch.bfloat16: 0.012}
 
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(kernels, "_variant", lambda: kernels.VARIANTS.index(request.param))
+    monkeypatch.setattr(quantized, "variant", lambda: library.VARIANTS.index(request.param))
     return request.param
 
 
@@ -127,16 +127,16 @@ def test_extreme_activations(variant: str, name: str, dtype: torch.dtype) -> Non
 def test_dequantised_weights_are_those_of_plain_arithmetic(variant: str, name: str, dtype: torch.dtype) -> None:
     q, scales = QUANTIZE[name](torch.randn(9, 224) * 3)
     form = 0 if name == "int8" else 1
-    assert kernels.dequantize(q, scales, dtype, form).equal(DEQUANTIZE[name](q, scales, dtype))
+    assert quantized.dequantize(q, scales, dtype, form).equal(DEQUANTIZE[name](q, scales, dtype))
 
 
 @needs_kernels
 def test_there_is_one_pool_of_threads() -> None:
     """PyTorch's OpenMP runs the kernels too: no second one is loaded."""
     code = (
-        "import re, torch\nfrom llama import kernels\nfrom llama.quantization import quantize_int8\n"
+        "import re, torch\nfrom llama.kernels import quantized\nfrom llama.quantization import quantize_int8\n"
         "torch.randn(4096, 512) @ torch.randn(512, 512)\n"
-        "kernels.product_int8(torch.randn(1, 512), *quantize_int8(torch.randn(512, 512)))\n"
+        "quantized.product_int8(torch.randn(1, 512), *quantize_int8(torch.randn(512, 512)))\n"
         "maps = open('/proc/self/maps').read()\n"
         "print(len({line.split()[-1] for line in maps.splitlines() if re.search(r'lib(g|i)?omp', line)}))\n"
     )
@@ -149,18 +149,18 @@ def test_there_is_one_pool_of_threads() -> None:
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_without_the_kernels_pytorch_computes_the_same(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """And what is missing is said."""
-    monkeypatch.setattr(kernels, "_load", lambda: (None, "no compiler"))
+    monkeypatch.setattr(library, "load", lambda: (None, "no compiler"))
     q, scales = QUANTIZE[name](torch.randn(50, 96))
     for n in (1, 20):
         x = torch.randn(n, 96)
         assert error(PRODUCT[name](x, q, scales), reference(x, q, scales, name)) < 1e-5
-    assert kernels.why_not() == "no compiled kernels (no compiler): PyTorch's operators are used, which are slower"
+    assert library.why_not() == "no compiled kernels (no compiler): PyTorch's operators are used, which are slower"
 
 
 def test_the_variant_can_be_chosen() -> None:
     """By LLAMA_KERNELS: a worse one than the processor has, or none."""
-    code = "from llama import kernels; print(kernels.available() and kernels.VARIANTS[kernels._variant()])"
-    for named, expected in (("portable", "portable" if kernels.available() else "False"), ("none", "False")):
+    code = "from llama.kernels.library import *; print(load()[0] is not None and VARIANTS[variant()])"
+    for named, expected in (("portable", "portable" if library.load()[0] else "False"), ("none", "False")):
         environment = {**os.environ, "LLAMA_KERNELS": named}
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
         assert out.stdout == f"{expected}\n", out.stderr

@@ -13,6 +13,12 @@ def cache_of(kv_heads: int, slots: int = 4, positions: int = 20, head_dim: int =
     return KVCache(layers, kv_heads, slots, positions, head_dim, torch.float32, torch.device("cpu"))
 
 
+def write(cache: KVCache, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Put keys and values (N, K, D) at token rows (N,)."""
+    for stored, own in ((cache.keys[layer], keys), (cache.values[layer], values)):
+        stored.flatten(1, 2)[:, rows] = own.transpose(0, 1)
+
+
 PLACES = st.lists(st.tuples(st.integers(0, SLOTS - 1), st.integers(0, POSITIONS - 1)), max_size=8, unique=True)
 COPIES = st.tuples(
     st.integers(0, SLOTS - 1), st.integers(0, SLOTS - 1), st.integers(0, POSITIONS), st.integers(0, POSITIONS)
@@ -38,7 +44,7 @@ def test_any_writes_and_copies_are_those_of_a_dict(actions: list) -> None:
             slots, positions = torch.tensor(action).unbind(1)
             keys = torch.tensor(written)[:, None, None].repeat(1, 2, 1)
             keys[:, 1] += 1000  # the second head's
-            cache.write(layer, cache.rows(slots, positions), keys, -keys)
+            write(cache, layer, cache.rows(slots, positions), keys, -keys)
             naive |= {(layer, *place): key for place, key in zip(action, written, strict=True)}
     for (layer, slot, position), key in naive.items():
         keys, values = cache.view(layer, slot, position + 1)
@@ -67,7 +73,7 @@ def test_writes_go_to_their_slots_and_positions_alone() -> None:
     for tensor in (*cache.keys, *cache.values):
         tensor.zero_()
     keys, values = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
-    cache.write(0, cache.rows(torch.tensor([2, 0, 2]), torch.tensor([4, 19, 0])), keys, values)
+    write(cache, 0, cache.rows(torch.tensor([2, 0, 2]), torch.tensor([4, 19, 0])), keys, values)
     for row, (slot, position) in enumerate([(2, 4), (0, 19), (2, 0)]):
         assert torch.equal(cache.keys[0][:, slot, position], keys[row])
         assert torch.equal(cache.values[0][:, slot, position], values[row])

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llama import ModelArgs, Transformer
 from llama.checkpoint import load, open_shards, sources
-from llama.model import RMSNorm, rope_table, rotate
+from llama.kernels.small import rotate
+from llama.model import RMSNorm, rope_table
 from llama.parallel import initialize
 from llama.params_file import read_params
 from llama.step import Step

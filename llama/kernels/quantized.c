@@ -8,29 +8,14 @@
    One row of W meets a row of x in the same order of operations whatever else is computed beside it: results do not
    depend on the number of threads or of rows. Plain C: compiled once, the variant is chosen when it runs. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "kernels.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#if defined(__linux__)
+#if X86 && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#define X86 1
-#define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")))
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
-#else
-#define X86 0
-#endif
-#define INLINE static inline __attribute__((always_inline))
 
 enum { GROUP = 32, BLOCK = 64, TILE = 4, CHUNK = 16 };
-enum { PORTABLE, USES_AVX2, USES_AVX512, USES_AMX };
-enum { FLOAT32, BFLOAT16 };
 enum { INT8, INT4 };
 
 /* Rows of x as the kernels read them. For AVX512, in blocks of two runs, `scale` has 16 floats a block, one a lane. */
@@ -40,43 +25,6 @@ typedef struct {
     float *scale;  /* (n, runs), or (n, blocks, 16) */
     float *shift;  /* (n, runs rounded up to 16): −offset · scale · Σ q */
 } Rows;
-
-/* ------------------------------------------------------------------------------------------------- numbers */
-
-INLINE float from_bfloat16(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-}
-
-INLINE uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;             /* NaN stays NaN */
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);   /* to the nearest, ties to even */
-}
-
-INLINE float from_float16(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023, bits;
-    float value;
-    if (exponent == 0) {
-        value = (float)fraction * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    bits = sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | fraction << 13;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE float read_number(const void *from, int dtype, int64_t i) {
-    return dtype == BFLOAT16 ? from_bfloat16(((const uint16_t *)from)[i]) : ((const float *)from)[i];
-}
-
-INLINE void write_number(void *to, int dtype, int64_t i, float value) {
-    if (dtype == BFLOAT16) ((uint16_t *)to)[i] = to_bfloat16(value);
-    else ((float *)to)[i] = value;
-}
 
 /* ------------------------------------------------------------------------------------- the activations, as int8 */
 

@@ -1,0 +1,156 @@
+"""This runner beside Hugging Face transformers and llama.cpp on a CPU, in bfloat16, int8 and int4: one command.
+
+python cpu.py --shape 134M
+python cpu.py --shape 1.1B --runs 3
+
+Each figure is the median over rounds; in a round every runner loads in a process of its own, in turns. Decode is the
+time from the first to the last of some new tokens after a prompt of 16; prefill the time to one token after 512; the
+ragged batch has prompts of 16 to 384 tokens and 32 new ones each.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from gguf_files import PRECISIONS, make_gguf
+from models import VOCABULARY, make_checkpoint
+from report import header, table
+
+RAGGED = (16, 32, 64, 96, 128, 192, 256, 384)
+NEW = 32
+FIGURES = {"decode1": "decode, batch 1 (tokens/s)", "decode8": "decode, batch 8 (tokens/s)",
+           "prefill": "prefill of 512 (tokens/s)", "ragged": "ragged batch of 8 (tokens/s)",
+           "load": "load (s)", "peak": "peak memory (MB)"}  # fmt: skip
+GOALS = {
+    "bf16": {"decode1": 1.2, "decode8": 1.3, "prefill": 1.2, "ragged": 2.0},
+    "int8": {"decode1": 1.0, "decode8": 1.2, "prefill": 1.2},
+    "int4": {"decode1": 0.9},
+}
+LOWER_IS_BETTER = {"load", "peak"}
+
+
+class Ours:
+    def __init__(self, folder: Path, precision: str, max_seq_len: int, sequences: int) -> None:
+        from llama import Llama
+
+        quantize = None if precision == "bf16" else precision
+        paths = (str(folder), str(folder / "tokenizer.model"))
+        self.llama = Llama.build(*paths, max_seq_len, sequences, device="cpu", quantize=quantize)
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
+        from llama import SamplingParams
+
+        self.llama.engine.forget()
+        params = SamplingParams(temperature=0, max_gen_len=new_tokens, min_gen_len=new_tokens)
+        self.llama.generate(prompts, params=params)
+
+
+def build(runner: str, folder: Path, precision: str) -> Any:
+    """A runner that has `generate(prompts, new tokens)`."""
+    if runner == "llama":
+        return Ours(folder, precision, 512 + NEW, 8)
+    from peers import LlamaCpp, Transformers
+
+    if runner == "transformers":
+        return Transformers(folder)
+    return LlamaCpp(folder / f"model-{precision}.gguf", torch.get_num_threads(), 512 + NEW, 8)
+
+
+def work(runner: str, folder: str, precision: str) -> None:
+    """In a process of its own: measure one runner, print its figures as JSON."""
+    begun = time.perf_counter()
+    model = build(runner, Path(folder), precision)
+    figures = {"load": time.perf_counter() - begun}
+    generator = torch.Generator().manual_seed(1)
+
+    def seconds(lengths: tuple[int, ...], new_tokens: int) -> float:
+        prompts = [torch.randint(3, VOCABULARY // 40, (n,), generator=generator).tolist() for n in lengths]
+        started = time.perf_counter()
+        model.generate(prompts, new_tokens)
+        return time.perf_counter() - started
+
+    seconds((16,), 4)
+    for rows in (1, 8):
+        first = min(seconds((16,) * rows, 1) for _ in range(3))
+        figures[f"decode{rows}"] = rows * NEW / (seconds((16,) * rows, NEW + 1) - first)
+    figures["prefill"] = 512 / seconds((512,), 1)
+    figures["ragged"] = len(RAGGED) * NEW / seconds(RAGGED, NEW)
+    figures["peak"] = peak_megabytes()
+    print(json.dumps(figures))
+
+
+def peak_megabytes() -> float:
+    """The most memory that this process held, mapped files included, since it was started."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
+
+
+def runners() -> list[tuple[str, str]]:
+    """(Runner, precision) for all that is installed."""
+    found = [("llama", precision) for precision in PRECISIONS]
+    for module, runner, precisions in (
+        ("transformers", "transformers", ["bf16"]),
+        ("llama_cpp", "llama.cpp", PRECISIONS),
+    ):
+        try:
+            __import__(module)
+        except ImportError:
+            print(f"{runner} is not installed: left out", file=sys.stderr)
+            continue
+        found += [(runner, precision) for precision in precisions]
+    return found
+
+
+def main(shape: str = "134M", runs: int = 3, dir: str = "/tmp/llama-benchmarks", only: str | None = None) -> None:
+    """Print figures, medians of `runs`, and ratios to the better peer; `only`: one precision."""
+    folder = make_checkpoint(Path(dir), shape)
+    pairs = [(runner, precision) for runner, precision in runners() if only in (None, precision)]
+    for runner, precision in pairs:
+        if runner == "llama.cpp":
+            make_gguf(folder, precision)
+    results: dict[tuple[str, str], list[dict[str, float]]] = {pair: [] for pair in pairs}
+    for _ in range(runs):
+        for pair in pairs:
+            words = [sys.executable, __file__, "work", pair[0], str(folder), pair[1]]
+            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+            results[pair].append(json.loads(done.stdout.splitlines()[-1]))
+            print(
+                *pair, {name: round(value, 2) for name, value in results[pair][-1].items()}, file=sys.stderr, flush=True
+            )
+    medians = {
+        pair: {name: statistics.median(one[name] for one in every) for name in FIGURES}
+        for pair, every in results.items()
+    }
+    print(header())
+    print(f"{shape}, {torch.get_num_threads()} threads, median of {runs}\n")
+    head = ["runner", "precision", *FIGURES.values()]
+    print(table(head, [[*pair, *(f"{m[name]:.4g}" for name in FIGURES)] for pair, m in medians.items()]), "\n")
+    print(table(["precision", "figure", "ratio to the better peer", "goal"], ratios(medians)))
+
+
+def ratios(medians: dict[tuple[str, str], dict[str, float]]) -> list[list[str]]:
+    """How many times better than the better peer of the same precision, above 1 where this runner is ahead."""
+    rows = []
+    for precision in PRECISIONS:
+        ours = medians.get(("llama", precision))
+        peers = [m for (runner, p), m in medians.items() if p == precision and runner != "llama"]
+        for name in FIGURES if ours and peers else ():
+            if name in LOWER_IS_BETTER:
+                ratio, goal = min(peer[name] for peer in peers) / ours[name], 1.0 if name == "peak" else None
+            else:
+                ratio, goal = ours[name] / max(peer[name] for peer in peers), GOALS[precision].get(name)
+            rows.append([precision, FIGURES[name], f"{ratio:.2f}", "" if goal is None else f"{goal:.1f}"])
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["work"]:
+        work(*sys.argv[2:])
+    else:
+        fire.Fire(main)

@@ -1,0 +1,59 @@
+/* What the kernels share: targets, variants, and numbers of 16 bits. */
+
+#ifndef LLAMA_KERNELS_H
+#define LLAMA_KERNELS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define X86 1
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")))
+#else
+#define X86 0
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { PORTABLE, USES_AVX2, USES_AVX512, USES_AMX };
+enum { FLOAT32, BFLOAT16 };
+
+INLINE float from_bfloat16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;             /* NaN stays NaN */
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);   /* to the nearest, ties to even */
+}
+
+INLINE float from_float16(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023, bits;
+    float value;
+    if (exponent == 0) {
+        value = (float)fraction * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    bits = sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | fraction << 13;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE float read_number(const void *from, int dtype, int64_t i) {
+    return dtype == BFLOAT16 ? from_bfloat16(((const uint16_t *)from)[i]) : ((const float *)from)[i];
+}
+
+INLINE void write_number(void *to, int dtype, int64_t i, float value) {
+    if (dtype == BFLOAT16) ((uint16_t *)to)[i] = to_bfloat16(value);
+    else ((float *)to)[i] = value;
+}
+
+#endif

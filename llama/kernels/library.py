@@ -1,0 +1,73 @@
+"""The compiled kernels: where they are, which variant of them this processor runs, and why they may be missing."""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VARIANTS = ("portable", "avx2", "avx512", "amx")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_ARGUMENTS = {
+    "llama_workspace": [_LONG] * 2,
+    "llama_most_rows": [_INT] * 2,
+    "llama_product": [_POINTER] * 5 + [_LONG] * 3 + [_INT] * 4,
+    "llama_dequantize": [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 4,
+    "llama_rms_norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT] + [_INT] * 3,
+    "llama_turn": [_POINTER] * 6 + [_LONG] * 5 + [_INT] * 3,
+    "llama_attend": [_POINTER] * 8 + [_LONG] * 6 + [_INT] * 3,
+    "llama_gate": [_POINTER] * 2 + [_LONG] * 2 + [_INT] * 3,
+}
+_RETURNS = {"llama_workspace": _LONG, "llama_most_rows": _LONG}
+
+
+def usable(x: Tensor) -> ctypes.CDLL | None:
+    """The library, where it can compute with x: on a CPU, in bfloat16 or float32."""
+    return load()[0] if x.device.type == "cpu" and x.dtype in DTYPES else None
+
+
+def why_not() -> str | None:
+    """Why there are no compiled kernels, in one line; None where there are."""
+    library, reason = load()
+    return None if library else f"no compiled kernels ({reason}): PyTorch's operators are used, which are slower"
+
+
+def variant() -> int:
+    """The number of the best variant for this processor, or of a lesser one that LLAMA_KERNELS names."""
+    return _variant()
+
+
+@functools.cache
+def _variant() -> int:
+    named, best = os.environ.get("LLAMA_KERNELS"), load()[0].llama_variant()
+    return min(VARIANTS.index(named), best) if named in VARIANTS else best
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """(The library, why it is not there)."""
+    if os.environ.get("LLAMA_KERNELS") == "none":
+        return None, "LLAMA_KERNELS=none"
+    folder = Path(__file__).parent
+    found = sorted((*folder.glob("cpu.*so"), *folder.glob("cpu.*pyd")))
+    if not found:
+        return None, "no compiler was there when the package was installed"
+    try:
+        _share_threads()
+        library = ctypes.CDLL(str(found[0]))
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, _RETURNS.get(name)
+    except (OSError, AttributeError) as error:
+        return None, str(error)
+    return library, ""
+
+
+def _share_threads() -> None:
+    """Give the library PyTorch's own OpenMP: a second pool of threads would fight with it for the cores."""
+    folder = Path(torch.__file__).parent
+    for path in (*folder.glob("lib/libgomp*"), *folder.glob("lib/libomp*"), *folder.glob("../torch.libs/libgomp*")):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

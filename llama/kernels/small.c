@@ -1,0 +1,183 @@
+/* The small operations of a step, one call each: RMSNorm, RoPE with the write to the cache, attention of single queries,
+   SwiGLU's product. What they cost in PyTorch is not arithmetic but dozens of calls; rounding is where PyTorch has it. */
+
+#include "kernels.h"
+
+INLINE float rounded(float value, int dtype) {
+    return dtype == BFLOAT16 ? from_bfloat16(to_bfloat16(value)) : value;
+}
+
+/* ------------------------------------------------------------------------------------------------- RMSNorm */
+
+INLINE void norm_row(const void *x, const void *weight, void *y, int64_t first, int64_t dim, float eps, int dtype) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < dim; i++) {
+        float value = read_number(x, dtype, first + i);
+        sum += value * value;
+    }
+    float scale = 1.0f / sqrtf(sum / (float)dim + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < dim; i++) {
+        float value = rounded(read_number(x, dtype, first + i) * scale, dtype);
+        write_number(y, dtype, first + i, value * read_number(weight, dtype, i));
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------- RoPE, cache */
+
+/* One token: its query heads turned into q (H, D), its keys turned and its values copied to their places in the cache. */
+INLINE void turn_row(
+    const void *heads, const float *turns, void *q, void *keys, void *values, int64_t row, int64_t place, int64_t stride,
+    int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype
+) {
+    int64_t width = (n_heads + 2 * n_kv_heads) * head_dim;
+    for (int64_t head = 0; head < n_heads + n_kv_heads; head++) {
+        int64_t from = row * width + head * head_dim, kv = head - n_heads;
+        void *to = kv < 0 ? q : keys;
+        int64_t at = kv < 0 ? (row * n_heads + head) * head_dim : kv * stride + place * head_dim;
+        for (int64_t i = 0; i < head_dim; i += 2) {
+            float a = read_number(heads, dtype, from + i), b = read_number(heads, dtype, from + i + 1);
+            float c = turns[i], s = turns[i + 1];
+            write_number(to, dtype, at + i, a * c - b * s);
+            write_number(to, dtype, at + i + 1, a * s + b * c);
+        }
+    }
+    int64_t size = dtype == BFLOAT16 ? 2 : 4;
+    for (int64_t kv = 0; kv < n_kv_heads; kv++)
+        memcpy((char *)values + (kv * stride + place * head_dim) * size,
+               (const char *)heads + (row * width + (n_heads + n_kv_heads + kv) * head_dim) * size, head_dim * size);
+}
+
+/* ------------------------------------------------------------------------------------------------- attention */
+
+/* The query heads of one kv head of one token against the first `length` keys and values of its slot. `scores` has room
+   for `length` numbers. */
+INLINE void attend(
+    const void *q, const void *keys, const void *values, void *out, int64_t first, int64_t slot, int64_t length,
+    int64_t heads, int64_t head_dim, float *scores, int dtype
+) {
+    float query[256], sum[256];
+    for (int64_t head = 0; head < heads; head++) {
+        int64_t at = first + head * head_dim;
+        float scale = 1.0f / sqrtf((float)head_dim), largest = -INFINITY, total = 0;
+        for (int64_t i = 0; i < head_dim; i++) query[i] = read_number(q, dtype, at + i) * scale;
+        for (int64_t p = 0; p < length; p++) {
+            float dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int64_t i = 0; i < head_dim; i++) dot += query[i] * read_number(keys, dtype, slot + p * head_dim + i);
+            scores[p] = dot;
+            largest = dot > largest ? dot : largest;
+        }
+        for (int64_t p = 0; p < length; p++) total += scores[p] = expf(scores[p] - largest);
+        for (int64_t i = 0; i < head_dim; i++) sum[i] = 0;
+        for (int64_t p = 0; p < length; p++) {
+            float share = scores[p] / total;
+#pragma omp simd
+            for (int64_t i = 0; i < head_dim; i++) sum[i] += share * read_number(values, dtype, slot + p * head_dim + i);
+        }
+        for (int64_t i = 0; i < head_dim; i++) write_number(out, dtype, at + i, sum[i]);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------- SwiGLU */
+
+INLINE void gate_row(const void *both, void *y, int64_t row, int64_t begin, int64_t end, int64_t hidden, int dtype) {
+    for (int64_t i = begin; i < end; i++) {
+        float gate = read_number(both, dtype, row * 2 * hidden + i);
+        float up = read_number(both, dtype, row * 2 * hidden + hidden + i);
+        float open = rounded(gate / (1.0f + expf(-gate)), dtype);
+        write_number(y, dtype, row * hidden + i, open * up);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------- variants */
+
+/* Each operation compiled for bfloat16 and float32, and for the vectors that the processor has. */
+#define PER_DTYPE(call, dtype) \
+    if (dtype == BFLOAT16) { const int D = BFLOAT16; call; } else { const int D = FLOAT32; call; }
+
+#define VARIANTS(target, suffix) \
+    target static void norm_##suffix(const void *x, const void *w, void *y, int64_t at, int64_t dim, float eps, int dt) { \
+        PER_DTYPE(norm_row(x, w, y, at, dim, eps, D), dt) \
+    } \
+    target static void turn_##suffix(const void *heads, const float *turns, void *q, void *k, void *v, int64_t row, \
+                                     int64_t place, int64_t stride, int64_t h, int64_t kv, int64_t dim, int dt) { \
+        PER_DTYPE(turn_row(heads, turns, q, k, v, row, place, stride, h, kv, dim, D), dt) \
+    } \
+    target static void attend_##suffix(const void *q, const void *k, const void *v, void *out, int64_t first, \
+                                       int64_t slot, int64_t length, int64_t heads, int64_t dim, float *scores, int dt) { \
+        if (dim == 64) { PER_DTYPE(attend(q, k, v, out, first, slot, length, heads, 64, scores, D), dt) } \
+        else if (dim == 128) { PER_DTYPE(attend(q, k, v, out, first, slot, length, heads, 128, scores, D), dt) } \
+        else { PER_DTYPE(attend(q, k, v, out, first, slot, length, heads, dim, scores, D), dt) } \
+    } \
+    target static void gate_##suffix(const void *both, void *y, int64_t row, int64_t begin, int64_t end, int64_t hidden, \
+                                     int dt) { \
+        PER_DTYPE(gate_row(both, y, row, begin, end, hidden, D), dt) \
+    }
+
+VARIANTS(, portable)
+#if X86
+VARIANTS(AVX2, avx2)
+VARIANTS(AVX512, avx512)
+#define CALL(name, ...) \
+    do { \
+        if (variant >= USES_AVX512) name##_avx512(__VA_ARGS__); \
+        else if (variant == USES_AVX2) name##_avx2(__VA_ARGS__); \
+        else name##_portable(__VA_ARGS__); \
+    } while (0)
+#else
+#define CALL(name, ...) name##_portable(__VA_ARGS__)
+#endif
+
+/* ------------------------------------------------------------------------------------------------- what Python calls */
+
+/* y (n, dim) = x / √(mean x² + eps) · weight. */
+void llama_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t dim, float eps, int dtype, int variant,
+                    int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && n >= threads * 4)
+    for (int64_t row = 0; row < n; row++) CALL(norm, x, weight, y, row * dim, dim, eps, dtype);
+}
+
+/* heads (n, H + 2K, D), turns (n, D) as cosine and sine in turn → q (n, H, D); keys and values go to the token rows
+   `places` of the cache (K, rows, D), whose heads are `stride` numbers apart. */
+void llama_turn(
+    const void *heads, const float *turns, void *q, void *keys, void *values, const int64_t *places, int64_t n,
+    int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int variant, int threads
+) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && n >= threads * 4)
+    for (int64_t row = 0; row < n; row++)
+        CALL(turn, heads, turns + row * head_dim, q, keys, values, row, places[row], stride, n_heads, n_kv_heads,
+             head_dim, dtype);
+}
+
+/* Single queries: row `rows[i]` of q and out (·, H, D) looks at the first lengths[i] positions that begin at token row
+   starts[i] of the cache. `scores` has room for `longest` numbers for each thread. */
+void llama_attend(
+    const void *q, const void *keys, const void *values, void *out, const int64_t *rows, const int64_t *starts,
+    const int64_t *lengths, float *scores, int64_t n, int64_t longest, int64_t stride, int64_t n_heads,
+    int64_t n_kv_heads, int64_t head_dim, int dtype, int variant, int threads
+) {
+    int64_t per = n_heads / n_kv_heads, size = dtype == BFLOAT16 ? 2 : 4, tasks = n * n_kv_heads;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++)
+        for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++) {
+            int64_t i = task / n_kv_heads, kv = task % n_kv_heads;
+            int64_t slot = kv * stride + starts[i] * head_dim;
+            CALL(attend, q, (const char *)keys + slot * size, (const char *)values + slot * size, out,
+                 (rows[i] * n_heads + kv * per) * head_dim, 0, lengths[i], per, head_dim, scores + thread * longest, dtype);
+        }
+}
+
+/* both (n, 2F) → silu(first half) · second half (n, F). */
+void llama_gate(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        int64_t total = n * hidden, begin = total * thread / threads, end = total * (thread + 1) / threads;
+        for (int64_t row = begin / hidden; row * hidden < end; row++) {
+            int64_t from = begin > row * hidden ? begin - row * hidden : 0;
+            int64_t to = end - row * hidden < hidden ? end - row * hidden : hidden;
+            CALL(gate, both, y, row, from, to, hidden, dtype);
+        }
+    }
+}
