@@ -15,7 +15,7 @@
 #include <unistd.h>
 #endif
 
-enum { GROUP = 32, BLOCK = 64, TILE = 4, CHUNK = 16 };
+enum { GROUP = 32, BLOCK = 64, TILE = 4, CHUNK = 16, AHEAD = 8 };
 enum { INT8, INT4 };
 
 /* Rows of x as the kernels read them. For AVX512, in blocks of two runs, `scale` has 16 floats a block, one a lane. */
@@ -31,19 +31,25 @@ typedef struct {
 /* One run: its integers, their sum, and its scale, which is NaN where a number is not finite. */
 INLINE float quantize_run(const void *x, int dtype, int64_t first, int8_t *q, int32_t *sum) {
     float run[GROUP], largest = 0, zero = 0;
+    int32_t total = 0, rounded[GROUP];
+#pragma omp simd
+    for (int i = 0; i < GROUP; i++) run[i] = read_number(x, dtype, first + i);
+#pragma omp simd reduction(max : largest) reduction(+ : zero)
     for (int i = 0; i < GROUP; i++) {
-        run[i] = read_number(x, dtype, first + i);
-        largest = fabsf(run[i]) > largest ? fabsf(run[i]) : largest;
+        float size = fabsf(run[i]);
+        largest = size > largest ? size : largest;
         zero += run[i] * 0.0f;
     }
-    float inverse = largest > 1e-30f ? 127.0f / largest : 0;
-    int32_t total = 0;
+    float inverse = largest > 1e-30f && zero == 0 ? 127.0f / largest : 0;
+    if (!(zero == 0)) memset(run, 0, sizeof run); /* NaN and infinities times 0 are NaN */
+#pragma omp simd reduction(+ : total)
     for (int i = 0; i < GROUP; i++) {
-        float scaled = zero == 0 ? run[i] * inverse : 0;
-        int32_t rounded = (int32_t)(scaled + (scaled >= 0 ? 0.5f : -0.5f));
-        q[i] = (int8_t)rounded;
-        total += rounded;
+        float scaled = run[i] * inverse;
+        rounded[i] = (int32_t)(scaled + copysignf(0.5f, scaled));
+        total += rounded[i];
     }
+#pragma omp simd
+    for (int i = 0; i < GROUP; i++) q[i] = (int8_t)rounded[i];
     *sum = total;
     return (largest > 1e-30f ? largest / 127.0f : 0) + zero;
 }
@@ -201,6 +207,8 @@ AVX512 INLINE void avx512_tile(
             __m512i weights[TILE];
             __m512 scale[TILE];
             for (int r = 0; r < outs; r++) {
+                /* Rows are short: the processor's own prefetching, which follows one line of a page, loses its way. */
+                _mm_prefetch((const char *)(w + (r + AHEAD) * line + block * width), _MM_HINT_T0);
                 weights[r] = avx512_weights(w + r * line + block * width, format, half);
                 scale[r] = _mm512_permutexvar_ps(pair, sixteen[r]);
             }
@@ -238,130 +246,156 @@ AVX512 static void avx512_prepare(const void *x, int dtype, int64_t row, const R
 }
 #endif
 
-/* ------------------------------------------------------------------------------------------------- AMX, bfloat16 */
+/* ------------------------------------------------------------------------------------------------- AMX */
 
 #if X86
-/* For more than a few rows of bfloat16 x, integer dot products with a scale for each run are too much work: here 16 rows
-   of W become bfloat16 a run at a time, in the cache, and one tile instruction multiplies them with up to 16 rows of x. */
+/* For 3 rows of x and more: one tile instruction multiplies a run of 16 rows of W with 16 rows of x, and what is left for
+   vectors is the two scales. int8 weights go into a tile as they lie in memory; int4 ones are unpacked before. */
 
-enum { COLUMNS = 16, MOST_COLUMNS = 4 * COLUMNS };
+enum { COLUMNS = 16, RUN_TILE = 8 * 64 };
 
-/* What a tile is: rows and bytes of a row. Tiles 0 … 3 hold sums (16 rows of W, columns of x), 4 weights, 5 x. */
 typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
 } TileConfig;
 
+/* Tiles 0 and 1: sums, 16 rows of W × 16 rows of x; 2 and 3: a run of 16 rows of W; 4 and 5: of 16 rows of x, in fours. */
 static void configure_tiles(void) {
     TileConfig config;
     memset(&config, 0, sizeof config);
     config.palette = 1;
-    for (int tile = 0; tile < 6; tile++) config.rows[tile] = 16, config.row_bytes[tile] = 64;
+    for (int tile = 0; tile < 6; tile++) {
+        config.rows[tile] = tile < 4 ? 16 : 8;
+        config.row_bytes[tile] = tile == 2 || tile == 3 ? GROUP : 64;
+    }
     /* As assembly that reads `config`: a compiler may drop the stores to it where it knows only of an intrinsic. */
     __asm__ volatile("ldtilecfg %0" : : "m"(config));
 }
 
-/* x (n, inputs) as tiles: for each run and 16 rows of x, 16 pairs of numbers × 16 rows, pair by pair. */
-static void amx_prepare(const uint16_t *x, int64_t n, int64_t inputs, uint32_t *to, int64_t begin, int64_t end) {
-    int64_t tiles = (n + COLUMNS - 1) / COLUMNS;
-    for (int64_t run = begin; run < end; run++)
-        for (int64_t tile = 0; tile < tiles; tile++) {
-            uint32_t *target = to + (run * tiles + tile) * 256;
-            memset(target, 0, 1024);
-            for (int64_t i = 0; i < COLUMNS && tile * COLUMNS + i < n; i++)
-                for (int pair = 0; pair < 16; pair++)
-                    memcpy(target + pair * COLUMNS + i, x + (tile * COLUMNS + i) * inputs + run * GROUP + pair * 2, 4);
+/* x as tiles reads it: for each 16 rows and run, 8 × 16 rows × 4 numbers, 16 scales, and 16 shifts. */
+typedef struct {
+    int8_t *q;
+    float *scale, *shift;
+} Tiles;
+
+AVX512 static void amx_prepare(const uint16_t *x, int64_t n, int64_t inputs, int format, const Tiles *to, int64_t tile) {
+    int64_t runs = inputs / GROUP;
+    memset(to->q + tile * runs * RUN_TILE, 0, (size_t)(runs * RUN_TILE));
+    memset(to->scale + tile * runs * COLUMNS, 0, (size_t)(runs * COLUMNS) * sizeof(float));
+    memset(to->shift + tile * runs * COLUMNS, 0, (size_t)(runs * COLUMNS) * sizeof(float));
+    for (int64_t column = 0; column < COLUMNS && tile * COLUMNS + column < n; column++)
+        for (int64_t run = 0; run < runs; run++) {
+            int8_t numbers[GROUP];
+            int32_t sum;
+            int64_t at = tile * runs + run;
+            float scale =
+                quantize_run(x, BFLOAT16, (tile * COLUMNS + column) * inputs + run * GROUP, numbers, &sum);
+            to->scale[at * COLUMNS + column] = scale;
+            to->shift[at * COLUMNS + column] = format == INT4 ? -8.0f * scale * (float)sum : 0;
+            for (int four = 0; four < 8; four++)
+                memcpy(to->q + at * RUN_TILE + four * 64 + column * 4, numbers + four * 4, 4);
         }
 }
 
-/* One run of a row as 32 bfloat16. */
-AMX INLINE __m512bh bfloat16_run(const uint8_t *w, __m512 scale, int format) {
-    __m512 low, high;
-    if (format == INT8) {
-        low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
-        high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(w + 16))));
-    } else { /* a look-up by the low four bits of each lane */
-        const __m512 numbers = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-        __m512i packed = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)w));
-        low = _mm512_permutexvar_ps(packed, numbers);
-        high = _mm512_permutexvar_ps(_mm512_srli_epi32(packed, 4), numbers);
+/* A run of `outs` rows of W as bytes, 32 apart, where it cannot be loaded as it lies. */
+AVX512 INLINE void unpack(const uint8_t *w, int64_t line, int outs, int format, uint8_t *to) {
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int r = 0; r < outs; r++) {
+        __m256i numbers = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(w + r * line)));
+        if (format == INT8) numbers = _mm256_loadu_si256((const __m256i *)(w + r * line));
+        else numbers = _mm256_inserti128_si256(numbers, _mm_srli_epi16(_mm256_castsi256_si128(numbers), 4), 1);
+        if (format == INT4) numbers = _mm256_and_si256(numbers, low);
+        _mm256_store_si256((__m256i *)(to + r * GROUP), numbers);
     }
-    return _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
 }
 
-/* `outs` ≤ 16 rows of W against 16 · tiles rows of x: sums (16, 16) for each tile. */
-AMX INLINE void amx_tiles(
-    const uint8_t *w, const uint16_t *scales, const uint32_t *x, int64_t inputs, int outs, int tiles, int format,
-    float *sums
+/* `outs` ≤ 16 rows of W against 16 rows of x: sums (16, 16). */
+AMX INLINE void amx_tile(
+    const uint8_t *w, const uint16_t *scales, const int8_t *q, const float *x_scales, const float *shifts, int64_t inputs,
+    int outs, int format, float *sums
 ) {
     int64_t runs = inputs / GROUP, line = format == INT4 ? inputs / 2 : inputs;
     int64_t stored = format == INT4 ? GROUP / 2 : GROUP;
-    uint16_t weights[2][16 * GROUP] __attribute__((aligned(64)));
+    uint8_t bytes[2][16 * GROUP] __attribute__((aligned(64)));
+    int32_t dots[2][16 * COLUMNS] __attribute__((aligned(64)));
     float own[16][16];
-    memset(weights, 0, sizeof weights);
-    _tile_zero(0);
-    if (tiles > 1) _tile_zero(1);
-    if (tiles > 2) _tile_zero(2);
-    if (tiles > 3) _tile_zero(3);
-    for (int64_t run = 0; run < runs; run++) {
-        if (run % 16 == 0)
-            for (int r = 0; r < outs; r++) {
-                int64_t left = runs - run;
-                __mmask16 there = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-                _mm512_storeu_ps(own[r], _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, scales + r * runs + run)));
+    __m512 sum[16];
+    memset(bytes, 0, sizeof bytes);
+    memset(own, 0, sizeof own);
+    for (int r = 0; r < 16; r++) sum[r] = _mm512_setzero_ps();
+    const int direct = format == INT8 && outs == 16;
+    if (!direct) unpack(w, line, outs, format, bytes[0]);
+    /* What has just been stored is slow to load again, so each run is unpacked, multiplied and scaled in three turns. */
+    for (int64_t run = 0; run <= runs; run++) {
+        if (run < runs) {
+            const uint8_t *from = direct ? w + run * stored : bytes[run % 2];
+            if (run % 2 == 0) {
+                _tile_zero(0);
+                _tile_loadd(2, from, direct ? line : GROUP);
+                _tile_loadd(4, q + run * RUN_TILE, 64);
+                if (format == INT8) _tile_dpbssd(0, 2, 4);
+                else _tile_dpbusd(0, 2, 4);
+                _tile_stored(0, dots[0], 64);
+            } else {
+                _tile_zero(1);
+                _tile_loadd(3, from, direct ? line : GROUP);
+                _tile_loadd(5, q + run * RUN_TILE, 64);
+                if (format == INT8) _tile_dpbssd(1, 3, 5);
+                else _tile_dpbusd(1, 3, 5);
+                _tile_stored(1, dots[1], 64);
             }
-        uint16_t *buffer = weights[run % 2];
-        for (int r = 0; r < outs; r++) {
-            __m512bh numbers = bfloat16_run(w + r * line + run * stored, _mm512_set1_ps(own[r][run % 16]), format);
-            _mm512_store_si512(buffer + r * GROUP, (__m512i)numbers);
+            if (run % (64 / stored) == 0)
+                for (int r = 0; r < outs; r++)
+                    _mm_prefetch((const char *)(w + (r + 16) * line + run * stored), _MM_HINT_T1);
+            if (!direct && run + 1 < runs) unpack(w + (run + 1) * stored, line, outs, format, bytes[(run + 1) % 2]);
         }
-        _tile_loadd(4, buffer, 64);
-        const uint32_t *columns = x + run * tiles * 256;
-        _tile_loadd(5, columns, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        if (tiles > 1) { _tile_loadd(5, columns + 256, 64); _tile_dpbf16ps(1, 4, 5); }
-        if (tiles > 2) { _tile_loadd(5, columns + 512, 64); _tile_dpbf16ps(2, 4, 5); }
-        if (tiles > 3) { _tile_loadd(5, columns + 768, 64); _tile_dpbf16ps(3, 4, 5); }
+        if (run == 0) continue;
+        int64_t last = run - 1;
+        if (last % 16 == 0)
+            for (int r = 0; r < outs; r++) {
+                int64_t left = runs - last;
+                __mmask16 there = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+                _mm512_storeu_ps(own[r], _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, scales + r * runs + last)));
+            }
+        __m512 scale = _mm512_loadu_ps(x_scales + last * COLUMNS), shift = _mm512_loadu_ps(shifts + last * COLUMNS);
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; r++) {
+            __m512 dot = _mm512_cvtepi32_ps(_mm512_load_si512(dots[last % 2] + r * COLUMNS));
+            sum[r] = _mm512_fmadd_ps(_mm512_fmadd_ps(dot, scale, shift), _mm512_set1_ps(own[r][last % 16]), sum[r]);
+        }
     }
-    _tile_stored(0, sums, 64);
-    if (tiles > 1) _tile_stored(1, sums + 256, 64);
-    if (tiles > 2) _tile_stored(2, sums + 512, 64);
-    if (tiles > 3) _tile_stored(3, sums + 768, 64);
+    for (int r = 0; r < 16; r++) _mm512_storeu_ps(sums + r * COLUMNS, sum[r]);
 }
 
-#define TILES(tiles, format) \
-    case tiles * 2 + format: amx_tiles(w, scales, x, inputs, outs, tiles, format, sums); break;
-
 AMX static void amx_outputs(
-    const uint8_t *w, const uint16_t *scales, const uint32_t *x, int64_t n, int64_t inputs, int64_t begin, int64_t end,
+    const uint8_t *w, const uint16_t *scales, const Tiles *x, int64_t n, int64_t inputs, int64_t begin, int64_t end,
     int64_t outputs, int format, uint16_t *y
 ) {
-    int64_t line = format == INT4 ? inputs / 2 : inputs, tiles = (n + COLUMNS - 1) / COLUMNS;
-    float sums[4 * 256] __attribute__((aligned(64)));
-    const uint8_t *all = w;
-    const uint16_t *all_scales = scales;
+    int64_t line = format == INT4 ? inputs / 2 : inputs, runs = inputs / GROUP;
+    float sums[16 * COLUMNS];
     configure_tiles();
     for (int64_t out = begin; out < end; out += 16) {
         int outs = end - out < 16 ? (int)(end - out) : 16;
-        w = all + out * line;
-        scales = all_scales + out * (inputs / GROUP);
-        switch (tiles * 2 + format) {
-            TILES(1, INT8) TILES(1, INT4) TILES(2, INT8) TILES(2, INT4)
-            TILES(3, INT8) TILES(3, INT4) TILES(4, INT8) TILES(4, INT4)
+        const uint8_t *own = w + out * line;
+        for (int64_t tile = 0; tile * COLUMNS < n; tile++) {
+            const int8_t *q = x->q + tile * runs * RUN_TILE;
+            const float *scale = x->scale + tile * runs * COLUMNS, *shift = x->shift + tile * runs * COLUMNS;
+            if (format == INT8) amx_tile(own, scales + out * runs, q, scale, shift, inputs, outs, INT8, sums);
+            else amx_tile(own, scales + out * runs, q, scale, shift, inputs, outs, INT4, sums);
+            for (int64_t column = 0; column < COLUMNS && tile * COLUMNS + column < n; column++)
+                for (int r = 0; r < outs; r++)
+                    y[(tile * COLUMNS + column) * outputs + out + r] = to_bfloat16(sums[r * COLUMNS + column]);
         }
-        for (int64_t row = 0; row < n; row++)
-            for (int r = 0; r < outs; r++)
-                y[row * outputs + out + r] = to_bfloat16(sums[row / COLUMNS * 256 + r * COLUMNS + row % COLUMNS]);
     }
-    _tile_release();
+    __asm__ volatile("tilerelease");
 }
 
-/* The compiler's own test knows AMX only from GCC 13 on: leaf 7, EDX bits 22 (bfloat16) and 24 (tiles). */
+/* The compiler's own test knows AMX only from GCC 13 on: leaf 7, EDX bits 24 (tiles) and 25 (int8). */
 static int has_amx(void) {
     unsigned a, b, c, d;
     __asm__ volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "0"(7), "2"(0));
-    return d >> 22 & 1 && d >> 24 & 1;
+    return d >> 24 & 1 && d >> 25 & 1;
 }
 
 /* Linux lends the tiles to a process that asks for them. */
@@ -445,7 +479,7 @@ static void some_outputs(
 /* Bytes of the workspace that a product of n rows needs. */
 int64_t llama_workspace(int64_t n, int64_t inputs) {
     int64_t blocks = (inputs + BLOCK - 1) / BLOCK, padded = blocks * 2 + 15 & ~(int64_t)15;
-    int64_t tiles = ((n < 64 ? n : 64) + 15) / 16 * (inputs / GROUP) * 1024; /* for AMX */
+    int64_t tiles = (n + 15) / 16 * (inputs / GROUP) * (8 * 64 + 2 * 16 * (int64_t)sizeof(float)); /* for AMX */
     int64_t rows = n * (blocks * BLOCK + (blocks * 16 + padded) * (int64_t)sizeof(float));
     return (tiles > rows ? tiles : rows) + 192;
 }
@@ -455,19 +489,21 @@ int64_t llama_most_rows(int dtype, int variant) { return variant == USES_AMX && 
 
 #if X86
 static void amx_product(
-    const uint16_t *x, const uint8_t *w, const uint16_t *scales, uint16_t *y, uint32_t *workspace, int64_t n,
+    const uint16_t *x, const uint8_t *w, const uint16_t *scales, uint16_t *y, uint8_t *workspace, int64_t n,
     int64_t inputs, int64_t outputs, int format, int threads
 ) {
     int64_t runs = inputs / GROUP, share = ((outputs + threads - 1) / threads + 15) / 16 * 16;
+    int64_t tiles = (n + COLUMNS - 1) / COLUMNS;
+    Tiles to = {(int8_t *)workspace, (float *)(workspace + tiles * runs * RUN_TILE), 0};
+    to.shift = to.scale + tiles * runs * COLUMNS;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
-        for (int thread = 0; thread < threads; thread++)
-            amx_prepare(x, n, inputs, workspace, runs * thread / threads, runs * (thread + 1) / threads);
+        for (int64_t tile = 0; tile < tiles; tile++) amx_prepare(x, n, inputs, format, &to, tile);
 #pragma omp for schedule(static, 1)
         for (int thread = 0; thread < threads; thread++) {
             int64_t begin = thread * share, end = begin + share < outputs ? begin + share : outputs;
-            if (begin < end) amx_outputs(w, scales, workspace, n, inputs, begin, end, outputs, format, y);
+            if (begin < end) amx_outputs(w, scales, &to, n, inputs, begin, end, outputs, format, y);
         }
     }
 }
@@ -481,11 +517,7 @@ void llama_product(
     uint8_t *at = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
 #if X86
     if (variant == USES_AMX && dtype == BFLOAT16 && n > 2) {
-        for (int64_t row = 0; row < n; row += MOST_COLUMNS) {
-            int64_t some = n - row < MOST_COLUMNS ? n - row : MOST_COLUMNS;
-            amx_product((const uint16_t *)x + row * inputs, w, scales, (uint16_t *)y + row * outputs, (uint32_t *)at, some,
-                        inputs, outputs, format, threads);
-        }
+        amx_product(x, w, scales, y, at, n, inputs, outputs, format, threads);
         return;
     }
     if (variant == USES_AMX) variant = USES_AVX512;
@@ -524,6 +556,21 @@ AVX2 static void avx2_dequantize(const uint8_t *w, const uint16_t *s, void *to, 
     if (dtype == BFLOAT16 && format == INT8) dequantize_row(w, s, to, first, inputs, BFLOAT16, INT8);
     else if (dtype == BFLOAT16) dequantize_row(w, s, to, first, inputs, BFLOAT16, INT4);
     else dequantize_row(w, s, to, first, inputs, FLOAT32, format);
+}
+
+/* One run of a row as 32 bfloat16. */
+AMX INLINE __m512bh bfloat16_run(const uint8_t *w, __m512 scale, int format) {
+    __m512 low, high;
+    if (format == INT8) {
+        low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
+        high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(w + 16))));
+    } else { /* a look-up by the low four bits of each lane */
+        const __m512 numbers = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+        __m512i packed = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)w));
+        low = _mm512_permutexvar_ps(packed, numbers);
+        high = _mm512_permutexvar_ps(_mm512_srli_epi32(packed, 4), numbers);
+    }
+    return _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
 }
 
 AMX static void amx_dequantize(const uint8_t *w, const uint16_t *s, uint16_t *to, int64_t inputs, int format) {
