@@ -19,7 +19,7 @@ from llama.parallel import choose_dtype, model_parallel_rank, model_parallel_siz
 from llama.params_file import read_params
 from llama.quantization import QUANTIZE
 from llama.resharding import either, plan, possible_sizes, split_axis
-from llama.weight_format import FORMATS, check_groups, is_matrix, quantized_shapes, scales_of
+from llama.weight_format import FORMATS, check_groups, format_of, quantized_shapes, scales_of
 
 # The matrices that are joined while they are read, in the order of their rows.
 JOINED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
@@ -153,8 +153,9 @@ def check_tensors(shards: list[dict[str, Tensor]], args: ModelArgs, folder: Path
 
 def _wrong_dtype(name: str, found: torch.dtype, quantize: str | None) -> str | None:
     """What a tensor should be instead, if its dtype is none that it may have."""
-    if quantize and is_matrix(name) and name.endswith(".weight"):
-        wanted = FORMATS[quantize].dtype
+    form = format_of(name, quantize)
+    if form and name.endswith(".weight"):
+        wanted = FORMATS[form].dtype
         return None if str(found) == f"torch.{wanted}" else wanted
     return None if found.is_floating_point else "a floating-point tensor"
 
@@ -194,19 +195,19 @@ def fill(
     The shards must be memory-mapped, as `open_shard` gives them: what has been read of them is let go. Matrices of a
     quantised model are quantised one by one, unless they are `stored` so.
     """
-    quantize = model.params.quantize
     shapes = quantized_shapes(expected_shapes(model.params), stored)
     for name, _ in list(model.named_parameters()):
         names = sources(name)
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if quantize is None or not is_matrix(names[0]):
+        form = format_of(names[0], model.params.quantize)
+        if form is None:
             weight = _joined(names, shapes, shards, dtype, device)
         elif stored:
-            weight = _joined(names, shapes, shards, getattr(torch, FORMATS[stored].dtype), device)
+            weight = _joined(names, shapes, shards, getattr(torch, FORMATS[form].dtype), device)
             module.scales = _joined(list(map(scales_of, names)), shapes, shards, torch.float16, device)
         else:
-            weight, module.scales = QUANTIZE[quantize](_joined(names, shapes, shards, stored_dtype(shards), device))
+            weight, module.scales = QUANTIZE[form](_joined(names, shapes, shards, stored_dtype(shards), device))
         setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
 
 

@@ -38,7 +38,7 @@ from llama.checkpoint import (
 from llama.errors import CheckpointError, ParameterError
 from llama.memory import gigabytes
 from llama.quantization import QUANTIZE
-from llama.weight_format import FORMATS, check_format, check_groups, is_matrix
+from llama.weight_format import FORMATS, check_format, check_groups, format_of
 
 MOST_SHARDS = 100  # consolidated.00.pth … consolidated.99.pth
 COPIED = ("params.json", "tokenizer.model")
@@ -114,10 +114,10 @@ def quantize(folder: Path, out: Path, name: str, *, progress: bool = True) -> li
 
     @lru_cache(maxsize=1)  # a matrix's scales are asked for right after its integers
     def matrix(number: int, weight: str) -> tuple[Tensor, Tensor]:
-        return QUANTIZE[name](shards[number][weight])
+        return QUANTIZE[format_of(weight, name)](shards[number][weight])
 
     def contents(number: int, stored: str) -> Tensor:
-        if not is_matrix(stored):
+        if format_of(stored, name) is None:
             return shards[number][stored]
         return matrix(number, stored.removesuffix("scales").removesuffix("weight") + "weight")[
             stored.endswith("scales")
@@ -129,9 +129,10 @@ def quantize(folder: Path, out: Path, name: str, *, progress: bool = True) -> li
 
 
 def _dtype(stored: str, name: str, tensors: Tensors) -> torch.dtype:
-    if not is_matrix(stored):
+    form = format_of(stored, name)
+    if form is None:
         return tensors[stored].dtype
-    return torch.float16 if stored.endswith("scales") else getattr(torch, FORMATS[name].dtype)
+    return torch.float16 if stored.endswith("scales") else getattr(torch, FORMATS[form].dtype)
 
 
 def _check_other(out: Path, folder: Path) -> None:

@@ -19,7 +19,10 @@ MODEL = {
     "seed": Flag(int | None, 1, "where all noise comes from; None takes another at each start."),
     "device": Flag(str | None, None, "cuda, mps or cpu; the first of these that is there if left out."),
     "dtype": Flag(str | None, None, "bfloat16, float16 or float32; the checkpoint's if the device is fast in it."),
-    "quantize": Flag(str | None, None, "hold the layers' matrices in int8 or int4; as they are stored if left out."),
+    "quantize": Flag(str | None, None, "hold the matrices in int8 or int4; as they are stored if left out."),
+    "threads": Flag(
+        int | None, None, "how many threads a process uses on a CPU; as many as there are cores if left out."
+    ),
     "verify": Flag(bool, False, "compare the files with the checkpoint's checklist.chk first."),
     "max_step_tokens": Flag(int | None, None, "the most tokens of one step; long prompts are read in such chunks."),
 }

@@ -65,6 +65,7 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         quantize: str | None = None,
+        threads: int | None = None,
         verify: bool = False,
         max_step_tokens: int | None = None,
     ) -> "Llama":
@@ -72,7 +73,8 @@ class Llama:
 
         `max_seq_len` is the most tokens of one sequence, prompt and completion; `max_batch_size` how many sequences
         are held at once (more may be asked for). `seed` None takes fresh entropy. `quantize` "int8" or "int4" holds the
-        matrices of the layers in so many bits. Raises a subclass of LlamaError.
+        matrices in so many bits. `threads` is how many this process uses on a CPU (None: as PyTorch is set). Raises a
+        subclass of LlamaError.
         """
         started = time.perf_counter()
         memory.check_sizes(
@@ -82,6 +84,9 @@ class Llama:
         )
         _check_seed(seed)
         check_format(quantize)
+        if threads is not None:
+            memory.check_sizes(threads=threads)
+            torch.set_num_threads(threads)
         place, wanted_dtype = parallel.choose_device(device), parallel.parse_dtype(dtype)
         parallel.initialize(place, model_parallel_size)
         folder = Path(ckpt_dir)

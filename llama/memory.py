@@ -45,13 +45,17 @@ def need(args: ModelArgs, dtype: torch.dtype, mp: int, max_step_tokens: int) -> 
     matrices = args.n_layers * (
         2 * args.dim * (args.n_heads + args.kv_heads) * args.head_dim + 3 * args.dim * args.hidden_dim
     )
-    held = FORMATS[args.quantize].nbytes(matrices) if args.quantize else matrices * dtype.itemsize
-    rest = 2 * args.vocab_size * args.dim // mp + (2 * args.n_layers + 1) * args.dim
-    weights = held // mp + rest * dtype.itemsize
+    table = args.vocab_size * args.dim
+    held = _bytes(matrices, args.quantize, dtype) + _bytes(table, args.quantize and "int8", dtype)
+    weights = held // mp + (table // mp + (2 * args.n_layers + 1) * args.dim) * dtype.itemsize
     cache = 2 * args.n_layers * (args.kv_heads // mp) * args.head_dim * dtype.itemsize
     activations = max_step_tokens * (8 * args.dim + 3 * args.hidden_dim // mp) * 4
     logits = 3 * max_step_tokens * args.vocab_size * 4
     return Need(weights, cache, activations + logits)
+
+
+def _bytes(weights: int, form: str | None, dtype: torch.dtype) -> int:
+    return FORMATS[form].nbytes(weights) if form else weights * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

@@ -2,7 +2,8 @@
 
 A matrix (outputs, inputs) named X.weight becomes integers X.weight and scales X.scales (outputs, inputs / group), in
 float16: each run of `group` inputs of a row has its own scale. int8: (outputs, inputs) int8; int4: two a byte,
-(outputs, inputs / 2) uint8. Embeddings and norms stay as they are, and so does the output layer.
+(outputs, inputs / 2) uint8. Embeddings and norms stay as they are; the output layer is int8 in either, which measures
+harmless (benchmarks/RESULTS.md).
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from llama.errors import CheckpointError, ParameterError
 from llama.resharding import SPLIT_AXIS, split_axis
 
 SCALE_BYTES = 2
-MATRICES = frozenset(SPLIT_AXIS) - {"tok_embeddings", "output", "norm", "attention_norm", "ffn_norm"}
+KEPT = {"tok_embeddings", "norm", "attention_norm", "ffn_norm"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +41,13 @@ def check_format(quantize: str | None) -> None:
         raise ParameterError(f"quantize={quantize!r} is not a format: use {' or '.join(FORMATS)}, or leave it out")
 
 
-def is_matrix(name: str) -> bool:
-    """Whether a parameter, by its checkpoint name, is one of those that are quantised."""
-    return name.split(".")[-2] in MATRICES
+def format_of(name: str, quantize: str | None) -> str | None:
+    """The format of a parameter, by its checkpoint name, in a checkpoint quantised as `quantize`; None: as it is."""
+    kind = name.split(".")[-2]
+    if quantize is None or kind in KEPT:
+        return None
+    assert kind in SPLIT_AXIS
+    return "int8" if kind == "output" else quantize
 
 
 def scales_of(name: str) -> str:
@@ -56,8 +61,8 @@ def quantized_shapes(shapes: dict[str, tuple[int, ...]], quantize: str | None) -
         return shapes
     stored: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        if is_matrix(name):
-            stored[name], stored[scales_of(name)] = FORMATS[quantize].shapes(*shape)
+        if form := format_of(name, quantize):
+            stored[name], stored[scales_of(name)] = FORMATS[form].shapes(*shape)
         else:
             stored[name] = shape
     return stored
@@ -65,11 +70,9 @@ def quantized_shapes(shapes: dict[str, tuple[int, ...]], quantize: str | None) -
 
 def check_groups(shapes: dict[str, tuple[int, ...]], quantize: str | None, processes: int) -> None:
     """Raise CheckpointError unless each process's part of every matrix is made of whole groups."""
-    if quantize is None:
-        return
-    group = FORMATS[quantize].group
     for name, shape in shapes.items():
-        if is_matrix(name):
+        if form := format_of(name, quantize):
+            group = FORMATS[form].group
             inputs = shape[1] // processes if split_axis(name) == 1 else shape[1]
             if inputs % group:
                 raise CheckpointError(

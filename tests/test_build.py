@@ -307,3 +307,15 @@ def test_infinite_logits_are_an_error_too(build: Builder, small: dict, weights: 
         with pytest.raises(NumericalError, match="NaN or infinite logits for prompt 0"):
             llama.text_completion(["a"], max_gen_len=4, **options)
         assert llama.engine.idle
+
+
+def test_threads_can_be_chosen(build: Callable[..., Llama]) -> None:
+    """And a number that is none is refused."""
+    before = torch.get_num_threads()
+    try:
+        build(threads=3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ParameterError, match="threads=0 is out of range: expected an integer, 1 or more"):
+        build(threads=0)

@@ -55,13 +55,14 @@ def test_a_stored_checkpoint_is_what_loading_makes_of_the_first(tmp_path: Path, 
     written = quantize(DEMO, tmp_path / "out", name, progress=False)
     assert json.loads((tmp_path / "out" / "params.json").read_text())["quantize"] == name
     assert written[0].stat().st_size < (DEMO / "consolidated.00.pth").stat().st_size * (
-        0.66 if name == "int8" else 0.46
+        0.62 if name == "int8" else 0.42
     )
     loaded, stored = demo(quantize=name), demo(tmp_path / "out", verify=True)
     assert stored.model.params.quantize == name
     for (path, module), (_, other) in zip(loaded.model.named_modules(), stored.model.named_modules(), strict=True):
         if getattr(module, "scales", None) is not None:
-            assert module.weight.dtype == getattr(torch, FORMATS[name].dtype), path
+            form = "int8" if path == "output" else name
+            assert module.weight.dtype == getattr(torch, FORMATS[form].dtype), path
             assert torch.equal(module.weight, other.weight) and torch.equal(module.scales, other.scales), path
     assert (
         loaded.text_completion(PROMPTS, temperature=0)[0]["generation"]
@@ -113,9 +114,7 @@ def test_what_cannot_be_had_is_refused(tmp_path: Path, build: Callable[..., Llam
     shutil.copytree(DEMO, tmp_path / "lie")
     params = json.loads((DEMO / "params.json").read_text())
     (tmp_path / "lie" / "params.json").write_text(json.dumps({**params, "quantize": "int8"}))
-    with pytest.raises(
-        CheckpointError, match=r"does not fit params\.json: layers\.0\.attention\.wq\.scales is missing"
-    ):
+    with pytest.raises(CheckpointError, match=r"does not fit params\.json: output\.scales is missing; layers\.0\.att"):
         demo(tmp_path / "lie")
     (tmp_path / "lie" / "params.json").write_text(json.dumps({**params, "quantize": "fp8"}))
     with pytest.raises(CheckpointError, match=r"params\.json sets quantize='fp8': expected int8 or int4"):
@@ -135,4 +134,4 @@ def test_matrices_are_quantised_one_by_one(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setitem(checkpoint.QUANTIZE, "int8", watched)
     demo(quantize="int8")
-    assert len(seen) == 16
+    assert len(seen) == 17

@@ -3,7 +3,7 @@
 import pytest
 
 from llama.errors import CheckpointError, ParameterError
-from llama.weight_format import FORMATS, check_format, check_groups, is_matrix, quantized_shapes, scales_of
+from llama.weight_format import FORMATS, check_format, check_groups, format_of, quantized_shapes, scales_of
 
 SHAPES = {"tok_embeddings.weight": (100, 64), "layers.0.attention.wo.weight": (64, 96), "norm.weight": (64,)}
 
@@ -16,8 +16,10 @@ def test_matrices_of_the_layers_become_integers_and_scales() -> None:
     }  # fmt: skip
     assert quantized_shapes(SHAPES, "int8")["layers.0.attention.wo.weight"] == (64, 96)
     assert quantized_shapes(SHAPES, None) == SHAPES
-    assert not is_matrix("output.weight") and not is_matrix("layers.0.ffn_norm.weight")
-    assert is_matrix("layers.0.feed_forward.w2.weight") and is_matrix(scales_of("layers.0.feed_forward.w2.weight"))
+    assert format_of("layers.0.ffn_norm.weight", "int4") is None and format_of("output.weight", None) is None
+    assert format_of("output.weight", "int4") == "int8"
+    name = "layers.0.feed_forward.w2.weight"
+    assert format_of(name, "int4") == format_of(scales_of(name), "int4") == "int4"
 
 
 def test_bytes_of_a_weight() -> None:

@@ -84,8 +84,8 @@ def attend(
     scores = torch.empty(threads * longest, dtype=torch.float32)
     library.llama_attend(
         q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), rows.data_ptr(), starts.data_ptr(),
-        lengths.data_ptr(), scores.data_ptr(), len(rows), longest, keys.stride(0), q.shape[1], keys.shape[0], q.shape[2],
-        DTYPES[q.dtype], variant(), threads,
+        lengths.data_ptr(), scores.data_ptr(), len(rows), longest, keys.stride(0), q.shape[1], keys.shape[0],
+        q.shape[2], DTYPES[q.dtype], variant(), threads,
     )  # fmt: skip
 
 
