@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 # Escape sequences could come from a model as from anybody: a terminal gets control characters as pictures of them.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_TURNS = (0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))  # lines and directions of writing
+_VISIBLE |= dict.fromkeys((*range(0x80, 0xA0), *_TURNS), 0xFFFD)
 _HEADING = 70  # characters of a prompt in the line above its completion
 
 
 def harmless(text: str) -> str:
-    """Text that cannot steer a terminal: control characters but newline and tab are shown as pictures (␛)."""
+    """Text that cannot steer a terminal: control characters but newline and tab are shown as pictures (␛), or as �."""
     return text.translate(_VISIBLE)
 
 

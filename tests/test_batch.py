@@ -162,6 +162,9 @@ def test_another_run_than_the_one_begun_is_refused(bfloat16: Llama, prompts: Pat
     other = Llama.build(str(DEMO), str(DEMO / "tokenizer.model"), 256, 4, device="cpu", dtype="float32", seed=2)
     with pytest.raises(ParameterError, match='different settings: dtype was "bfloat16" and is "float32", seed was 1'):
         run(other, prompts, output)
+    other = Llama.build(str(DEMO), str(DEMO / "tokenizer.model"), 256, 4, device="cpu", quantize="int8")
+    with pytest.raises(ParameterError, match='different settings: quantize was null and is "int8"'):
+        run(other, prompts, output)
     prompts.write_text(prompts.read_text() + "[]\n")
     with pytest.raises(ParameterError, match="different input: sha256 was"):
         run(bfloat16, prompts, output)

@@ -145,6 +145,7 @@ def test_no_character_steers_a_terminal() -> None:
     every = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
     assert not set(harmless(every)) & set(every) - set("\n\t") and len(harmless(every)) == len(every)
     assert harmless("é😀\tשלום\n") == "é😀\tשלום\n"
+    assert harmless("a\u202eb\u2066c\u2028d") == "a\ufffdb\ufffdc\ufffdd"
 
 
 def test_what_is_shown_in_a_terminal_is_harmless(show: Callable[..., tuple[str, str]]) -> None:

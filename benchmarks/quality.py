@@ -1,0 +1,66 @@
+"""What int8 and int4 weights cost: perplexity and greedy agreement on the demo, logits of a random 1.1B model.
+
+python quality.py [--dir FOLDER]
+"""
+
+import math
+from pathlib import Path
+
+import fire
+import torch
+from models import make_checkpoint
+from report import header, table
+
+from llama import Llama
+from llama.cli import DEMO
+from llama.step import Step
+
+BEGINNINGS = ("Once upon a time there was a small fox named Tom.", "Ben wanted a red kite.", "One morning Mia went",
+              "The old bear lived in a", "Vera had a green top.")  # fmt: skip
+SAMPLES = 12
+
+
+def build(folder: Path, quantize: str | None, max_seq_len: int, sequences: int) -> Llama:
+    return Llama.build(
+        str(folder), str(folder / "tokenizer.model"), max_seq_len, sequences, device="cpu", quantize=quantize
+    )
+
+
+def perplexity(llama: Llama, texts: list[str]) -> float:
+    logprobs = [p for score in llama.score(texts) for p in score["logprobs"] if p is not None]
+    return math.exp(-sum(logprobs) / len(logprobs))
+
+
+def logits(llama: Llama) -> torch.Tensor:
+    """Of every place of a prompt of 64 random tokens."""
+    tokens = torch.randint(3, 700, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    step = Step.pack([(0, 0, tokens)], range(64), llama.model.device)
+    return llama.model(step, llama.engine.cache)
+
+
+def main(dir: str = "/tmp/llama-benchmarks", large: bool = True) -> None:
+    plain = build(DEMO, None, 512, 8)
+    texts = [r["generation"] for r in plain.text_completion(BEGINNINGS * SAMPLES, temperature=0.8, echo=True)]
+    prompts = [text[: 20 + 7 * i % 60] for i, text in enumerate(texts)]
+    expected = [r["generation"] for r in plain.text_completion(prompts, temperature=0, max_gen_len=16)]
+    base = perplexity(plain, texts)
+    folder = make_checkpoint(Path(dir), "1.1B") if large else None
+    reference = logits(build(folder, None, 64, 1)) if folder else None
+    rows = [["bfloat16", f"{base:.4f}", "", "", ""]]
+    for name in ("int8", "int4"):
+        llama = build(DEMO, name, 512, 8)
+        found = [r["generation"] for r in llama.text_completion(prompts, temperature=0, max_gen_len=16)]
+        same = sum(a == b for a, b in zip(found, expected, strict=True))
+        value = perplexity(llama, texts)
+        error = ""
+        if reference is not None:
+            error = f"{((logits(build(folder, name, 64, 1)) - reference).norm() / reference.norm()).item():.4f}"
+        rows.append([name, f"{value:.4f}", f"{(value / base - 1) * 100:+.2f} %", f"{same} of {len(found)}", error])
+    print(header())
+    print(f"demo: {len(texts)} stories sampled from it; 16 greedy tokens after {len(prompts)} beginnings\n")
+    head = ["weights", "perplexity", "change", "same greedy 16 tokens", "relative logit error, random 1.1B"]
+    print(table(head, rows))
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
