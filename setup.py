@@ -24,7 +24,7 @@ setup(
     ext_modules=[
         Extension(
             "llama.kernels.cpu",
-            ["llama/kernels/quantized.c", "llama/kernels/small.c"],
+            ["llama/kernels/quantized.c", "llama/kernels/small.c", "llama/kernels/layers.c"],
             depends=["llama/kernels/kernels.h"],
             optional=True,
         )

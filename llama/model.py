@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.attention import AttentionPlan, attention, plan
+from llama.kernels.layers import Layers, can_run
 from llama.kernels.small import gate, rms_norm, turn_and_store
 from llama.kv_cache import KVCache
 from llama.linear import column_parallel, parallel_embedding, row_parallel
@@ -138,6 +139,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = column_parallel(args.dim, args.vocab_size, gather=True)
         self.rope: Tensor | None = None  # made where the weights are, at the first step
+        self._together: Layers | None = None  # on a CPU, for decode steps
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +162,17 @@ class Transformer(nn.Module):
             self.rope = rope_table(self.params.head_dim, cache.max_seq_len, self.params.rope_theta, self.device)
         turns = self.rope[step.positions][:, None]
         inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), turns, plan(step, cache))
-        x = self.tok_embeddings(step.tokens)
+        x = self._through_layers(self.tok_embeddings(step.tokens), inputs)
+        return self.output(self.norm(x[step.logit_rows])).float()
+
+    def _through_layers(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """One after the other; a small decode step on a CPU goes through all of them in one call."""
+        decodes = inputs.plan.singles is not None and not inputs.plan.spans
+        if decodes and model_parallel_size() == 1 and can_run(x, self.params.quantize is not None):
+            cache = inputs.cache
+            if self._together is None or not self._together.of(cache.keys):
+                self._together = Layers(self.layers, cache.keys, cache.values, self.params.norm_eps)
+            return self._together.run(x, inputs.turns, inputs.rows, inputs.plan.singles)
         for layer in self.layers:
             x = layer(x, inputs)
-        return self.output(self.norm(x[step.logit_rows])).float()
+        return x

@@ -56,4 +56,24 @@ INLINE void write_number(void *to, int dtype, int64_t i, float value) {
     else ((float *)to)[i] = value;
 }
 
+/* ------------------------------------------------------------------------------------------------- the operations */
+
+int64_t llama_workspace(int64_t n, int64_t inputs);
+void llama_product(
+    const void *x, const uint8_t *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
+    int64_t outputs, int dtype, int format, int variant, int threads
+);
+void llama_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t dim, float eps, int dtype, int variant,
+                    int threads);
+void llama_turn(
+    const void *heads, const float *turns, void *q, void *keys, void *values, const int64_t *places, int64_t n,
+    int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int variant, int threads
+);
+void llama_attend(
+    const void *q, const void *keys, const void *values, void *out, const int64_t *rows, const int64_t *starts,
+    const int64_t *lengths, float *scores, int64_t n, int64_t longest, int64_t stride, int64_t n_heads,
+    int64_t n_kv_heads, int64_t head_dim, int dtype, int variant, int threads
+);
+void llama_gate(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int threads);
+
 #endif

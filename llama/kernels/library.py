@@ -20,8 +20,11 @@ _ARGUMENTS = {
     "llama_turn": [_POINTER] * 6 + [_LONG] * 5 + [_INT] * 3,
     "llama_attend": [_POINTER] * 8 + [_LONG] * 6 + [_INT] * 3,
     "llama_gate": [_POINTER] * 2 + [_LONG] * 2 + [_INT] * 3,
+    "llama_plain_product": [_POINTER] * 3 + [_LONG] * 3 + [_INT],
+    "llama_layers_workspace": [_POINTER],
+    "llama_layers": [_POINTER, _LONG] + [_POINTER] * 8,
 }
-_RETURNS = {"llama_workspace": _LONG, "llama_most_rows": _LONG}
+_RETURNS = {"llama_workspace": _LONG, "llama_most_rows": _LONG, "llama_layers_workspace": _LONG}
 
 
 def usable(x: Tensor) -> ctypes.CDLL | None:
