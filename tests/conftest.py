@@ -1,6 +1,7 @@
 """What many tests share: the demo checkpoint's paths, a random checkpoint, and builders of `Llama`."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been started without Ctrl-C
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "llama" / "demo"
 for name in ("LLAMA_CKPT_DIR", "LLAMA_TOKENIZER_PATH"):  # or a command that names no checkpoint would not mean the demo

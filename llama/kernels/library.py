@@ -57,7 +57,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     folder = Path(__file__).parent
     found = sorted((*folder.glob("cpu.*so"), *folder.glob("cpu.*pyd")))
     if not found:
-        return None, "no compiler was there when the package was installed"
+        return None, "they were not compiled when the package was installed"
     try:
         _share_threads()
         library = ctypes.CDLL(str(found[0]))
