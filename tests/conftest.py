@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been started without Ctrl-C
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")  # a busy one is not a failure
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "llama" / "demo"
 for name in ("LLAMA_CKPT_DIR", "LLAMA_TOKENIZER_PATH"):  # or a command that names no checkpoint would not mean the demo
