@@ -24,7 +24,7 @@ setup(
     ext_modules=[
         Extension(
             "llama.kernels.cpu",
-            ["llama/kernels/quantized.c", "llama/kernels/small.c", "llama/kernels/layers.c"],
+            [f"llama/kernels/{name}.c" for name in ("quantized", "tiles", "small", "layers")],
             depends=["llama/kernels/kernels.h"],
             optional=True,
         )

@@ -1,4 +1,4 @@
-"""Products of one matrix with few rows: our int8 and int4 kernels beside PyTorch's bfloat16, in bytes a second.
+"""Products of one matrix with rows of bfloat16: our kernels beside PyTorch's product, in bytes of weights a second.
 
 python kernels.py [--outputs 11008 --inputs 4096]
 """
@@ -11,7 +11,7 @@ import fire
 import torch
 from report import header, table
 
-from llama.kernels import quantized
+from llama.kernels.quantized import can_pack, pack, packed_product
 from llama.linear import product
 from llama.quantization import quantize_int4, quantize_int8
 
@@ -33,21 +33,22 @@ def main(outputs: int = 11008, inputs: int = 4096, repeats: int = 15) -> None:
     """Print GB/s of weights read, and how many times faster than bfloat16."""
     copies = max(2, (1 << 29) // (2 * outputs * inputs))
     weights = [torch.randn(outputs, inputs).bfloat16() for _ in range(copies)]
-    int8, int4 = [quantize_int8(w) for w in weights], [quantize_int4(w) for w in weights]
+    forms = {"int8": [pack(*quantize_int8(w)) for w in weights], "int4": [pack(*quantize_int4(w)) for w in weights]}
+    if can_pack(weights[0], torch.bfloat16):
+        forms = {"bf16": [pack(w, None) for w in weights], **forms}
     rows = []
-    for n in (1, 2, 4, 8, 16, 32, 64, 512):
+    for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
         x = torch.randn(n, inputs).bfloat16()
-        runs = [
-            (weights[0].nbytes, lambda i, x=x: product(x, weights[i])),
-            (sum(part.nbytes for part in int8[0]), lambda i, x=x: quantized.product_int8(x, *int8[i])),
-            (sum(part.nbytes for part in int4[0]), lambda i, x=x: quantized.product_int4(x, *int4[i])),
-        ]
-        times = [seconds(run, copies, repeats) for _, run in runs]
-        rates = [f"{size / t / 1e9:.1f}" for (size, _), t in zip(runs, times, strict=True)]
-        rows.append([str(n), f"{times[0] * 1e3:.2f}", *rates, *(f"{times[0] / t:.2f}" for t in times[1:])])
+        plain = seconds(lambda i, x=x: product(x, weights[i], None, outputs), copies, repeats)
+        row = [str(n), f"{plain * 1e3:.2f}", f"{weights[0].nbytes / plain / 1e9:.1f}"]
+        for packed in forms.values():
+            size = sum(part.nbytes for part in packed[0] if part is not None)
+            own = seconds(lambda i, x=x, p=packed: packed_product(x, *p[i], outputs), copies, repeats)
+            row += [f"{size / own / 1e9:.1f}", f"{plain / own:.2f}"]
+        rows.append(row)
     print(header())
     print(f"({outputs}, {inputs}), {torch.get_num_threads()} threads, median of {repeats}\n")
-    head = ["rows", "bf16 ms", "bf16 GB/s", "int8 GB/s", "int4 GB/s", "int8 speed-up", "int4 speed-up"]
+    head = ["rows", "PyTorch's bf16 ms", "GB/s", *(f"{name} {what}" for name in forms for what in ("GB/s", "speed-up"))]
     print(table(head, rows))
 
 

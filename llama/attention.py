@@ -7,11 +7,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llama.kernels.library import usable
-from llama.kernels.small import attend
+from llama.kernels.small import MOST_HEAD_DIM, attend
 from llama.kv_cache import KVCache
 from llama.step import Span, Step
-
-MOST_HEAD_DIM = 256  # of our kernel
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llama import checklist, memory
 from llama.errors import CheckpointError, DeviceError
+from llama.kernels.quantized import can_pack, pack
 from llama.model import ModelArgs, Transformer
 from llama.parallel import choose_dtype, model_parallel_rank, model_parallel_size
 from llama.params_file import read_params
@@ -193,10 +194,12 @@ def fill(
     """Give every parameter of a model on the meta device this rank's slices of the shards, converted on the way.
 
     The shards must be memory-mapped, as `open_shard` gives them: what has been read of them is let go. Matrices of a
-    quantised model are quantised one by one, unless they are `stored` so.
+    quantised model are quantised one by one, unless they are `stored` so. Matrices that our kernels read are packed.
     """
     shapes = quantized_shapes(expected_shapes(model.params), stored)
-    for name, _ in list(model.named_parameters()):
+    # What a tensor needs beside itself is then gone before all is there.
+    largest_first = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
+    for name, _ in largest_first:
         names = sources(name)
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -208,6 +211,8 @@ def fill(
             module.scales = _joined(list(map(scales_of, names)), shapes, shards, torch.float16, device)
         else:
             weight, module.scales = QUANTIZE[form](_joined(names, shapes, shards, stored_dtype(shards), device))
+        if hasattr(module, "scales") and can_pack(weight, dtype):
+            weight, module.scales = pack(weight, module.scales)
         setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama.beam_search import beam_search
 from llama.errors import LlamaError, NumericalError, ParameterError, PromptError
+from llama.kernels.small import choose
 from llama.model import Transformer
 from llama.request import Completion, FinishReason, Request
 from llama.sampling import adjust, noise_key, sample, top_logprobs, uniform
@@ -148,7 +149,7 @@ class Engine:
 
     def _give(self, chunks: list[Chunk], wanted: list[range], logits: Tensor) -> list[Request]:
         """Hand the rows of logits to their requests: scores of prompt tokens, then the next tokens."""
-        finite = logits.sum(-1).isfinite().tolist()
+        best, finite = choose(logits)
         progressed, deciding, rows, first = [], [], [], 0
         for chunk, positions in zip(chunks, wanted, strict=True):
             own = range(first, first + len(positions))
@@ -170,13 +171,14 @@ class Engine:
                 deciding.append(chunk.sequence)
                 rows.append(own[-1])
         if deciding:
-            self._decide(deciding, logits if len(rows) == len(logits) else logits[rows])
+            whole = len(rows) == len(logits)
+            self._decide(deciding, logits if whole else logits[rows], [best[row] for row in rows])
         return progressed
 
-    def _decide(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Choose the next token of each sequence from its row of logits (R, V)."""
+    def _decide(self, sequences: list[Sequence], logits: Tensor, best: list[int]) -> None:
+        """Choose the next token of each sequence from its row of logits (R, V), `best` the largest of each."""
         requests = [sequence.request for sequence in sequences]
-        chosen = _choose(requests, [self._noise[request] for request in requests], logits)
+        chosen = _choose(requests, [self._noise[request] for request in requests], logits, best)
         for row, (sequence, token) in enumerate(zip(sequences, chosen, strict=True)):
             request = sequence.request
             if request.first_token is None:
@@ -213,7 +215,7 @@ def _pack(chunks: list[Chunk], wanted: list[range], device: torch.device) -> Ste
     return Step.pack(parts, rows, device)
 
 
-def _choose(requests: list[Request], keys: list[bytes], logits: Tensor) -> list[int]:
+def _choose(requests: list[Request], keys: list[bytes], logits: Tensor, best: list[int]) -> list[int]:
     changed = [row for row, request in enumerate(requests) if not request.params.plain]
     if changed:
         logits = logits.clone()
@@ -221,7 +223,7 @@ def _choose(requests: list[Request], keys: list[bytes], logits: Tensor) -> list[
             request = requests[row]
             logits[row] = adjust(logits[row], request.params, request.prompt, request.tokens, request.stop_tokens)
     if all(request.params.temperature == 0 for request in requests):
-        return logits.argmax(-1).tolist()
+        return choose(logits)[0] if changed else best
     columns = [
         (r.params.temperature, r.params.top_p, r.params.min_p, uniform(key, len(r.prompt) + len(r.tokens)))
         for r, key in zip(requests, keys, strict=True)

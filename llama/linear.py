@@ -9,16 +9,16 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from llama.kernels.quantized import product_int4, product_int8
+from llama.kernels.quantized import is_packed, packed_product
 from llama.parallel import model_parallel_size
 
 FEW_ROWS = 64  # up to so many a CPU multiplies half-precision weights faster from the left
 
 
-def product(x: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
-    """x (N, inputs) · weight (outputs, inputs)ᵀ → (N, outputs), contiguous; with `scales` the weight is quantised."""
-    if scales is not None:
-        return (product_int8 if weight.dtype == torch.int8 else product_int4)(x, weight, scales)
+def product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
+    """x (N, inputs) · weight (outputs, inputs)ᵀ → (N, outputs), contiguous; the weight may be quantised, or packed."""
+    if scales is not None or is_packed(weight):
+        return packed_product(x, weight, scales, outputs)
     if x.device.type == "cpu" and x.dtype != torch.float32 and x.shape[0] <= FEW_ROWS:
         if x.shape[0] == 1:
             return torch.mv(weight, x[0])[None]
@@ -32,7 +32,7 @@ class ColumnLinear(ColumnParallelLinear):
     scales: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(x, self.weight, self.scales)
+        y = product(x, self.weight, self.scales, self.output_size_per_partition)
         return gather_from_model_parallel_region(y) if self.gather_output and model_parallel_size() > 1 else y
 
 
@@ -42,7 +42,7 @@ class RowLinear(RowParallelLinear):
     scales: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(x, self.weight, self.scales)
+        y = product(x, self.weight, self.scales, self.out_features)
         return reduce_from_model_parallel_region(y) if model_parallel_size() > 1 else y
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.attention import AttentionPlan, attention, plan
-from llama.kernels.layers import Layers, can_run
+from llama.kernels.layers import DecodeStep, can_run
 from llama.kernels.small import gate, rms_norm, turn_and_store
 from llama.kv_cache import KVCache
 from llama.linear import column_parallel, parallel_embedding, row_parallel
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = column_parallel(args.dim, args.vocab_size, gather=True)
         self.rope: Tensor | None = None  # made where the weights are, at the first step
-        self._together: Layers | None = None  # on a CPU, for decode steps
+        self._decode_step: DecodeStep | None = None
 
     @property
     def device(self) -> torch.device:
@@ -160,19 +160,18 @@ class Transformer(nn.Module):
         """Write the step's keys and values into the cache; return the logits (R, vocab) in float32."""
         if self.rope is None or self.rope.shape[0] < cache.max_seq_len:
             self.rope = rope_table(self.params.head_dim, cache.max_seq_len, self.params.rope_theta, self.device)
+        if step.decodes and model_parallel_size() == 1 and can_run(len(step.spans), self, cache):
+            return self._decode(step, cache)
         turns = self.rope[step.positions][:, None]
         inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), turns, plan(step, cache))
-        x = self._through_layers(self.tok_embeddings(step.tokens), inputs)
-        return self.output(self.norm(x[step.logit_rows])).float()
-
-    def _through_layers(self, x: Tensor, inputs: LayerInputs) -> Tensor:
-        """One after the other; a small decode step on a CPU goes through all of them in one call."""
-        decodes = inputs.plan.singles is not None and not inputs.plan.spans
-        if decodes and model_parallel_size() == 1 and can_run(x, self.params.quantize is not None):
-            cache = inputs.cache
-            if self._together is None or not self._together.of(cache.keys):
-                self._together = Layers(self.layers, cache.keys, cache.values, self.params.norm_eps)
-            return self._together.run(x, inputs.turns, inputs.rows, inputs.plan.singles)
+        x = self.tok_embeddings(step.tokens)
         for layer in self.layers:
             x = layer(x, inputs)
-        return x
+        return self.output(self.norm(x[step.logit_rows])).float()
+
+    def _decode(self, step: Step, cache: KVCache) -> Tensor:
+        """A small decode step on a CPU, all of it in one call."""
+        if self._decode_step is None or not self._decode_step.of(self.rope, cache):
+            self._decode_step = DecodeStep(self, cache)
+        longest = max(span.length for span in step.spans)
+        return self._decode_step.run(step.tokens, step.slots, step.positions, longest)

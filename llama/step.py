@@ -40,6 +40,7 @@ class Step:
     positions: Tensor  # (N,) int64
     logit_rows: Tensor  # (R,) int64
     spans: tuple[Span, ...]
+    decodes: bool  # one token a sequence, and the logits of all, in their order
 
     @classmethod
     def pack(
@@ -60,4 +61,5 @@ class Step:
         assert all(0 <= row < len(tokens) for row in logit_rows)
         host = torch.tensor([tokens, slots, positions], dtype=torch.int64).to(device)
         rows = torch.tensor(logit_rows, dtype=torch.int64).to(device)
-        return cls(host[0], host[1], host[2], rows, tuple(spans))
+        decodes = len(spans) == len(tokens) and list(logit_rows) == list(range(len(tokens)))
+        return cls(host[0], host[1], host[2], rows, tuple(spans), decodes)

@@ -59,3 +59,10 @@ def save(folder: Path, params: dict, weights: dict[str, Tensor], shards: int = 1
             part[name] = tensor if axis is None else tensor.chunk(shards, axis)[number].clone()
         torch.save(part, folder / f"consolidated.{number:02d}.pth")
     return folder
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """Weights that may be packed for the kernels, as rows again, the padding of the last block included."""
+    if weight.dim() == 2:
+        return weight
+    return weight.unflatten(3, (16, -1)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)

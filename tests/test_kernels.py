@@ -1,4 +1,4 @@
-"""Products with quantised weights: every variant of the kernels against plain arithmetic."""
+"""Products with packed weights: every variant of the kernels against plain arithmetic."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from checkpoints import unpacked
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from torch import Tensor
 from llama.kernels import library, quantized
 from llama.quantization import QUANTIZE, dequantize_int4, dequantize_int8
 
-PRODUCT = {"int8": quantized.product_int8, "int4": quantized.product_int4}
 DEQUANTIZE = {"int8": dequantize_int8, "int4": dequantize_int4}
 BEST = library.VARIANTS[library.load()[0].llama_variant()] if library.load()[0] else None
 VARIANTS = library.VARIANTS[: library.VARIANTS.index(BEST) + 1] if BEST else ()
@@ -27,6 +27,10 @@ TOLERANCE = {torch.float32: 0.012, torch.bfloat16: 0.012}
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(quantized, "variant", lambda: library.VARIANTS.index(request.param))
     return request.param
+
+
+def product(x: Tensor, q: Tensor, scales: Tensor | None) -> Tensor:
+    return quantized.packed_product(x, *quantized.pack(q, scales), len(q))
 
 
 def reference(x: Tensor, q: Tensor, scales: Tensor, name: str) -> Tensor:
@@ -47,7 +51,7 @@ def test_every_shape_agrees_with_plain_arithmetic(variant: str, name: str, dtype
         q, scales = QUANTIZE[name](torch.randn(outputs, inputs, generator=generator))
         for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 40, 65, 130):
             x = torch.randn(n, inputs, generator=generator).to(dtype)
-            y = PRODUCT[name](x, q, scales)
+            y = product(x, q, scales)
             assert y.shape == (n, outputs) and y.dtype == dtype
             assert error(y, reference(x, q, scales, name)) < TOLERANCE[dtype] * (3 if inputs == 32 else 1), (n, outputs)
 
@@ -73,7 +77,7 @@ def test_random_shapes_agree(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        y = PRODUCT[name](x, q, scales)
+        y = product(x, q, scales)
     finally:
         torch.set_num_threads(before)
     expected = reference(x, q, scales, name)
@@ -88,17 +92,52 @@ def test_results_depend_on_neither_threads_nor_neighbours(variant: str, name: st
     q, scales = QUANTIZE[name](torch.randn(83, 160))
     for dtype, sizes in (
         (torch.float32, (1, 2, 5, 8)),
-        (torch.bfloat16, (3, 7, 33) if variant == "amx" else (1, 3, 8)),
+        (torch.bfloat16, (1, 3, 8) if variant == "portable" else (1, 3, 8, 13)),
+        (torch.bfloat16, (1, 8) if variant == "portable" else (17, 31, 40)),
     ):
         x = torch.randn(40, 160).to(dtype)
-        whole = PRODUCT[name](x[: sizes[-1]], q, scales)
+        whole = product(x[: sizes[-1]], q, scales)
         for n in sizes:
-            assert PRODUCT[name](x[:n], q, scales).equal(whole[:n])
+            assert product(x[:n], q, scales).equal(whole[:n])
         before = torch.get_num_threads()
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            assert PRODUCT[name](x[: sizes[-1]], q, scales).equal(whole)
+            assert product(x[: sizes[-1]], q, scales).equal(whole)
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(BEST != "amx", reason="bfloat16 weights are packed where there are tiles for them")
+@given(st.integers(1, 600), st.integers(1, 90), st.integers(1, 12), st.integers(1, 3), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=40)
+def test_bfloat16_weights_agree_too(n: int, outputs: int, runs: int, threads: int, seed: int) -> None:
+    """Sums of products of small integers are exact in float32, in whatever order."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-7, 8, (outputs, runs * 32), generator=generator).bfloat16()
+    x = torch.randint(-100, 101, (n, runs * 32), generator=generator).bfloat16()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = product(x, weight, None)
+    finally:
+        torch.set_num_threads(before)
+    assert y.equal((x.float() @ weight.float().T).bfloat16())
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["int8", "int4", "bfloat16"])
+def test_packed_weights_are_the_same_weights(name: str) -> None:
+    """Rows 16 at a time, of each run four bytes of every row side by side; missing rows are zeros."""
+    weight = torch.randint(-128, 128, (21, 96)).to(torch.int8)
+    if name == "int4":
+        weight = weight[:, :48].contiguous().view(torch.uint8)
+    if name == "bfloat16":
+        weight = weight.bfloat16()
+    scales = torch.rand(21, 3).half()
+    packed, own = quantized.pack(weight, scales)
+    assert packed.dtype == weight.dtype and quantized.is_packed(packed)
+    rows = unpacked(packed)
+    assert rows[:21].equal(weight) and not rows[21:].any()
+    assert own.transpose(1, 2).flatten(0, 1)[:21].equal(scales)
 
 
 @needs_kernels
@@ -110,14 +149,14 @@ def test_extreme_activations(variant: str, name: str, dtype: torch.dtype) -> Non
     x = torch.zeros(5, 96).to(dtype)
     x[1], x[2], x[3] = 1e-38, 1e30, torch.randn(96).to(dtype)
     x[4, 50] = 3e4
-    y = PRODUCT[name](x, q, scales)
+    y = product(x, q, scales)
     assert (y[0] == 0).all() and y.isfinite().all()
     assert error(y[2], reference(x[2:3], q, scales, name)[0]) < 0.03
     assert error(y[4], reference(x[4:], q, scales, name)[0]) < 0.03
     for bad in (float("nan"), float("inf"), -float("inf")):
         broken = x.clone()
         broken[3, 70] = bad
-        y = PRODUCT[name](broken, q, scales)
+        y = product(broken, q, scales)
         assert not y[3].isfinite().any() and y[[0, 1, 2, 4]].isfinite().all()
 
 
@@ -126,8 +165,7 @@ def test_extreme_activations(variant: str, name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dequantised_weights_are_those_of_plain_arithmetic(variant: str, name: str, dtype: torch.dtype) -> None:
     q, scales = QUANTIZE[name](torch.randn(9, 224) * 3)
-    form = 0 if name == "int8" else 1
-    assert quantized.dequantize(q, scales, dtype, form).equal(DEQUANTIZE[name](q, scales, dtype))
+    assert quantized.dequantize(*quantized.pack(q, scales), 9, dtype).equal(DEQUANTIZE[name](q, scales, dtype))
 
 
 @needs_kernels
@@ -136,7 +174,7 @@ def test_there_is_one_pool_of_threads() -> None:
     code = (
         "import re, torch\nfrom llama.kernels import quantized\nfrom llama.quantization import quantize_int8\n"
         "torch.randn(4096, 512) @ torch.randn(512, 512)\n"
-        "quantized.product_int8(torch.randn(1, 512), *quantize_int8(torch.randn(512, 512)))\n"
+        "quantized.packed_product(torch.randn(1, 512), *quantized.pack(*quantize_int8(torch.randn(512, 512))), 512)\n"
         "maps = open('/proc/self/maps').read()\n"
         "print(len({line.split()[-1] for line in maps.splitlines() if re.search(r'lib(g|i)?omp', line)}))\n"
     )
@@ -151,9 +189,11 @@ def test_without_the_kernels_pytorch_computes_the_same(monkeypatch: pytest.Monke
     """And what is missing is said."""
     monkeypatch.setattr(library, "load", lambda: (None, "no compiler"))
     q, scales = QUANTIZE[name](torch.randn(50, 96))
+    assert not quantized.can_pack(q, torch.float32)
     for n in (1, 20):
         x = torch.randn(n, 96)
-        assert error(PRODUCT[name](x, q, scales), reference(x, q, scales, name)) < 1e-5
+        y = quantized.packed_product(x, q, scales, 50)
+        assert error(y, reference(x, q, scales, name)) < 1e-5
     assert library.why_not() == "no compiled kernels (no compiler): PyTorch's operators are used, which are slower"
 
 

@@ -12,7 +12,7 @@
 #define X86 1
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
-#define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c,amx-tile,amx-int8")))
+#define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")))
 #else
 #define X86 0
 #endif
@@ -20,6 +20,8 @@
 
 enum { PORTABLE, USES_AVX2, USES_AVX512, USES_AMX };
 enum { FLOAT32, BFLOAT16 };
+enum { INT8, INT4, PLAIN };
+enum { RUN = 32, LANES = 16 }; /* inputs that share a scale; rows of a block of packed weights: see quantized.c */
 
 INLINE float from_bfloat16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -56,12 +58,27 @@ INLINE void write_number(void *to, int dtype, int64_t i, float value) {
     else ((float *)to)[i] = value;
 }
 
+/* Bytes of a run of a block. */
+INLINE int run_bytes(int format) { return format == INT4 ? RUN * LANES / 2 : format == INT8 ? RUN * LANES : RUN * LANES * 2; }
+
+/* Integer i of a lane's run; int4 shifted by 8. */
+INLINE int weight_at(const uint8_t *run, int format, int lane, int i) {
+    if (format == INT8) return ((const int8_t *)run)[i / 4 * 64 + lane * 4 + i % 4];
+    uint8_t both = run[i % 16 / 4 * 64 + lane * 4 + i % 4];
+    return i < 16 ? both & 15 : both >> 4;
+}
+
 /* ------------------------------------------------------------------------------------------------- the operations */
 
-int64_t llama_workspace(int64_t n, int64_t inputs);
+int64_t llama_workspace(int64_t n, int64_t inputs, int dtype, int format, int variant, int threads);
 void llama_product(
     const void *x, const uint8_t *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
     int64_t outputs, int dtype, int format, int variant, int threads
+);
+int64_t llama_tiles_workspace(int64_t n, int64_t inputs, int threads);
+void llama_tiles_product(
+    const uint16_t *x, const uint8_t *w, const uint16_t *scales, uint16_t *y, uint8_t *workspace, int64_t n, int64_t inputs,
+    int64_t outputs, int format, int threads
 );
 void llama_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t dim, float eps, int dtype, int variant,
                     int threads);

@@ -1,17 +1,16 @@
-"""All layers of a decode step in one call of our library, for steps of few rows on one CPU process."""
+"""A whole decode step in one call of our library: steps of few rows, one token a sequence, on one CPU process."""
 
 import ctypes
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama.kernels.library import DTYPES, VARIANTS, usable, variant
+from llama.kernels.library import DTYPES, usable, variant
+from llama.kernels.quantized import FORMATS, is_packed
+from llama.kernels.small import MOST_HEAD_DIM
 
-MOST_ROWS = 8  # of a step: for more, calls weigh little
-MOST_PLAIN_ROWS = 2  # the same for bfloat16 weights: for more, PyTorch's product of bfloat16 is faster
-_PLAIN = 2  # the format of weights that are not quantised
+MOST_ROWS = 16  # of a step: for more, calls weigh little
 _MATRICES = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 
 
@@ -19,62 +18,61 @@ class Shape(ctypes.Structure):
     """layers.c's Shape."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n", "longest", "dim", "hidden", "n_heads", "n_kv_heads", "head_dim")),
-        ("stride", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("n", "dim", "hidden", "vocab", "n_heads", "n_kv_heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("max_seq_len", "slots")),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("dtype", "format", "variant", "threads")),
+        *((name, ctypes.c_int) for name in ("dtype", "format", "output_format", "variant", "threads")),
     ]  # fmt: skip
 
 
-class Layers:
-    """The layers of a model and a cache as a table of pointers; both must stay where they are."""
+class DecodeStep:
+    """A model and a cache as tables of pointers; both must stay where they are."""
 
-    def __init__(self, layers: Iterable[Any], keys: list[Tensor], values: list[Tensor], eps: float) -> None:
-        self._held = (keys, values)
-        table, form = [], _PLAIN
-        for layer, own_keys, own_values in zip(layers, keys, values, strict=True):
+    def __init__(self, model: Any, cache: Any) -> None:
+        args = model.params
+        self._held = (model.rope, cache)
+        layers = []
+        for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
             wqkv, wo, w13, w2 = (layer.get_submodule(name) for name in _MATRICES)
-            if wo.scales is not None:
-                form = 0 if wo.weight.dtype == torch.int8 else 1
-            table.append([
+            layers.append([
                 layer.attention_norm.weight.data_ptr(), *_pointers(wqkv), *_pointers(wo),
-                layer.ffn_norm.weight.data_ptr(), *_pointers(w13), *_pointers(w2),
-                own_keys.data_ptr(), own_values.data_ptr(),
+                layer.ffn_norm.weight.data_ptr(), *_pointers(w13), *_pointers(w2), keys.data_ptr(), values.data_ptr(),
             ])  # fmt: skip
-        self._table = torch.tensor(table, dtype=torch.int64)
-        n_kv_heads, _, _, head_dim = keys[0].shape
-        dim = layer.ffn_norm.weight.shape[0]
+        self._layers = torch.tensor(layers, dtype=torch.int64)
+        ends = [model.tok_embeddings.weight.data_ptr(), model.norm.weight.data_ptr(), *_pointers(model.output)]
+        self._ends = torch.tensor([*ends, model.rope.data_ptr()], dtype=torch.int64)
         self._shape = Shape(
-            dim=dim, hidden=w13.weight.shape[0] // 2, n_heads=layer.attention.n_heads, n_kv_heads=n_kv_heads,
-            head_dim=head_dim, stride=keys[0].stride(0), eps=eps, dtype=DTYPES[keys[0].dtype], format=form,
-            variant=variant(),
+            dim=args.dim, hidden=args.hidden_dim, vocab=args.vocab_size, n_heads=args.n_heads,
+            n_kv_heads=args.kv_heads, head_dim=args.head_dim, max_seq_len=cache.max_seq_len, slots=cache.slots,
+            eps=args.norm_eps, dtype=DTYPES[model.dtype], format=FORMATS[wo.weight.dtype],
+            output_format=FORMATS[model.output.weight.dtype], variant=variant(),
         )  # fmt: skip
 
-    def of(self, keys: list[Tensor]) -> bool:
-        """Whether this is the table of that cache."""
-        return self._held[0] is keys
+    def of(self, rope: Tensor, cache: Any) -> bool:
+        """Whether these are the tables of that cache, and of that table of turns."""
+        return self._held[0] is rope and self._held[1] is cache
 
-    def run(self, x: Tensor, turns: Tensor, places: Tensor, singles: Any) -> Tensor:
-        """x (N, dim) after all layers, in place. Row n is a sequence's next token; see attention.Singles, and
-        small.turn_and_store for `turns` and `places`."""
-        library, shape = usable(x), self._shape
-        assert library is not None and x.is_contiguous()
-        shape.n, shape.longest, shape.threads = x.shape[0], singles.longest, torch.get_num_threads()
-        angles = torch.view_as_real(turns).contiguous()
-        workspace = torch.empty(library.llama_layers_workspace(ctypes.byref(shape)), dtype=torch.uint8)
-        library.llama_layers(
-            self._table.data_ptr(), len(self._table), ctypes.byref(shape), x.data_ptr(), angles.data_ptr(),
-            singles.rows.data_ptr(), places.data_ptr(), singles.starts.data_ptr(), singles.lengths.data_ptr(),
-            workspace.data_ptr(),
+    def run(self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """Tokens (N,), the next of N sequences, at `positions` of their `slots`, none of which then holds more than
+        `longest` tokens → logits (N, vocab) float32. Their keys and values are in the cache then."""
+        shape, n = self._shape, len(tokens)
+        shape.n, shape.threads = n, torch.get_num_threads()
+        library = usable(self._held[1].keys[0])
+        assert library is not None
+        workspace = torch.empty(library.llama_step_workspace(ctypes.byref(shape), longest), dtype=torch.uint8)
+        logits = torch.empty((n, shape.vocab), dtype=torch.float32)
+        library.llama_step(
+            self._layers.data_ptr(), len(self._layers), self._ends.data_ptr(), ctypes.byref(shape), tokens.data_ptr(),
+            slots.data_ptr(), positions.data_ptr(), longest, logits.data_ptr(), workspace.data_ptr(),
         )  # fmt: skip
-        return x
+        return logits
 
 
-def can_run(x: Tensor, quantized: bool) -> bool:
-    """Whether `Layers` can compute a step of rows x (N, dim): bfloat16 weights need instructions for them."""
-    if x.shape[0] > (MOST_ROWS if quantized else MOST_PLAIN_ROWS) or usable(x) is None:
-        return False
-    return quantized or (x.dtype == torch.bfloat16 and VARIANTS[variant()] == "amx")
+def can_run(rows: int, model: Any, cache: Any) -> bool:
+    """Whether `DecodeStep` can compute a step of so many rows: where the matrices are packed for our kernels."""
+    keys = cache.keys[0]
+    packed = is_packed(model.output.weight) and is_packed(model.layers[-1].attention.wo.weight)
+    return packed and rows <= MOST_ROWS and keys.dtype == model.dtype and keys.shape[-1] <= MOST_HEAD_DIM
 
 
 def _pointers(linear: Any) -> tuple[int, int]:

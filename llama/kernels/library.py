@@ -12,19 +12,20 @@ VARIANTS = ("portable", "avx2", "avx512", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
-    "llama_workspace": [_LONG] * 2,
+    "llama_workspace": [_LONG] * 2 + [_INT] * 4,
     "llama_most_rows": [_INT] * 2,
+    "llama_pack": [_POINTER] * 2 + [_LONG] * 3 + [_INT],
     "llama_product": [_POINTER] * 5 + [_LONG] * 3 + [_INT] * 4,
     "llama_dequantize": [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 4,
     "llama_rms_norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT] + [_INT] * 3,
     "llama_turn": [_POINTER] * 6 + [_LONG] * 5 + [_INT] * 3,
     "llama_attend": [_POINTER] * 8 + [_LONG] * 6 + [_INT] * 3,
     "llama_gate": [_POINTER] * 2 + [_LONG] * 2 + [_INT] * 3,
-    "llama_plain_product": [_POINTER] * 3 + [_LONG] * 3 + [_INT],
-    "llama_layers_workspace": [_POINTER],
-    "llama_layers": [_POINTER, _LONG] + [_POINTER] * 8,
+    "llama_choose": [_POINTER] * 3 + [_LONG] * 2 + [_INT],
+    "llama_step_workspace": [_POINTER, _LONG],
+    "llama_step": [_POINTER, _LONG] + [_POINTER] * 5 + [_LONG] + [_POINTER] * 2,
 }
-_RETURNS = {"llama_workspace": _LONG, "llama_most_rows": _LONG, "llama_layers_workspace": _LONG}
+_RETURNS = {"llama_workspace": _LONG, "llama_most_rows": _LONG, "llama_step_workspace": _LONG}
 
 
 def usable(x: Tensor) -> ctypes.CDLL | None:

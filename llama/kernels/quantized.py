@@ -1,56 +1,91 @@
-"""Products with quantised weights: our kernels for few rows, PyTorch's product on dequantised blocks for many."""
+"""Products with quantised and packed weights: our kernels on a CPU, PyTorch's product on dequantised blocks elsewhere.
+
+Our kernels read packed weights, 16 rows side by side (see kernels/quantized.c); without them weights stay as stored.
+"""
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
-from llama.kernels.library import DTYPES, usable, variant
+from llama.kernels.library import DTYPES, VARIANTS, load, usable, variant
 from llama.quantization import dequantize_int4, dequantize_int8
 
+LANES, RUN = 16, 32  # rows of a block; inputs of a run
 BLOCK = 1 << 22  # weights dequantised at once, 8 MB in bfloat16: fewer take longer, and more leave the cache
-_INT8, _INT4 = 0, 1
+FORMATS = {torch.int8: 0, torch.uint8: 1, torch.bfloat16: 2}  # of weights: kernels.h's INT8, INT4, PLAIN
 
 
-def product_int8(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
-    """x (N, C) · (R, C)ᵀ → (N, R), from integers (R, C) int8 and scales (R, C / 32) float16."""
-    return _product(x, q, scales, _INT8)
+def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether our kernels can multiply these weights (R, C), as they are stored, with rows of `dtype`.
+
+    bfloat16 weights are packed only where the processor has tiles for them (AMX), and so for rows of bfloat16.
+    """
+    if usable(torch.empty(0, dtype=dtype, device=weight.device)) is None:
+        return False
+    if weight.dtype != torch.bfloat16:
+        return weight.dtype in FORMATS
+    return dtype == torch.bfloat16 and VARIANTS[variant()] == "amx" and weight.shape[1] % RUN == 0
 
 
-def product_int4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """x (N, C) · (R, C)ᵀ → (N, R), from packed integers (R, C / 2) uint8 and scales (R, C / 32) float16."""
-    return _product(x, packed, scales, _INT4)
+def pack(weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weights and scales as they are stored → as our kernels read them, the last block padded with zeros.
+
+    int8 (R, C) → (R / 16, C / 32, 8, 64); int4 (R, C / 2) uint8 → (R / 16, C / 32, 4, 64); bfloat16 (R, C) →
+    (R / 16, C / 32, 16, 32). Scales (R, C / 32) → (R / 16, C / 32, 16).
+    """
+    library, (rows, width) = load()[0], weight.shape
+    assert library is not None and weight.is_contiguous()
+    blocks, fours = -(-rows // LANES), RUN * weight.element_size() // (8 if weight.dtype == torch.uint8 else 4)
+    runs = width * weight.element_size() // 4 // fours
+    packed = torch.empty((blocks, runs, fours, LANES * 4 // weight.element_size()), dtype=weight.dtype)
+    library.llama_pack(weight.data_ptr(), packed.data_ptr(), rows, runs, fours, torch.get_num_threads())
+    if scales is None:
+        return packed, None
+    scales = pad(scales, (0, 0, 0, -rows % LANES)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+    return packed, scales
 
 
-def _product(x: Tensor, q: Tensor, scales: Tensor, form: int) -> Tensor:
+def is_packed(weight: Tensor) -> bool:
+    return weight.dim() == 4
+
+
+def packed_product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
+    """x (N, C) · W (outputs, C)ᵀ → (N, outputs), from quantised weights or packed ones."""
     n, inputs = x.shape
     library = usable(x)
-    if library is None or n > library.llama_most_rows(DTYPES[x.dtype], variant()):
-        return _by_blocks(x, q, scales, form)
-    x, outputs = x.contiguous(), q.shape[0]
+    if not is_packed(weight) or library is None or n > library.llama_most_rows(DTYPES[x.dtype], variant()):
+        return _by_blocks(x, weight, scales, outputs)
+    x = x.contiguous()
     y = torch.empty((n, outputs), dtype=x.dtype)
-    workspace = torch.empty(library.llama_workspace(n, inputs), dtype=torch.uint8)
+    dtype, form, threads = DTYPES[x.dtype], FORMATS[weight.dtype], torch.get_num_threads()
+    workspace = torch.empty(library.llama_workspace(n, inputs, dtype, form, variant(), threads), dtype=torch.uint8)
     library.llama_product(
-        x.data_ptr(), q.data_ptr(), scales.data_ptr(), y.data_ptr(), workspace.data_ptr(), n, inputs, outputs,
-        DTYPES[x.dtype], form, variant(), torch.get_num_threads(),
+        x.data_ptr(), weight.data_ptr(), 0 if scales is None else scales.data_ptr(), y.data_ptr(), workspace.data_ptr(),
+        n, inputs, outputs, dtype, form, variant(), threads,
     )  # fmt: skip
     return y
 
 
-def _by_blocks(x: Tensor, q: Tensor, scales: Tensor, form: int) -> Tensor:
+def _by_blocks(x: Tensor, q: Tensor, scales: Tensor, outputs: int) -> Tensor:
     """The product by PyTorch, with some rows of the weights dequantised at a time."""
-    rows = max(1, BLOCK // x.shape[1])
-    parts = [linear(x, dequantize(a, b, x.dtype, form)) for a, b in zip(q.split(rows), scales.split(rows), strict=True)]
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    step = max(1, BLOCK // x.shape[1] // LANES) * LANES  # rows of W
+    entries = step // LANES if is_packed(q) else step
+    y = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
+    for first, part, own in zip(range(0, outputs, step), q.split(entries), scales.split(entries), strict=True):
+        rows = min(step, outputs - first)
+        y[:, first : first + rows] = linear(x, dequantize(part, own, rows, x.dtype))
+    return y
 
 
-def dequantize(q: Tensor, scales: Tensor, dtype: torch.dtype, form: int) -> Tensor:
-    """Contiguous integers and scales → weights (R, C) in `dtype`."""
-    weights = torch.empty((q.shape[0], scales.shape[1] * 32), dtype=dtype, device=q.device)
+def dequantize(q: Tensor, scales: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """Contiguous integers and scales, packed or as they are stored → weights (rows, C) in `dtype`."""
+    if not is_packed(q):
+        return (dequantize_int8 if q.dtype == torch.int8 else dequantize_int4)(q, scales, dtype)
+    weights = torch.empty((rows, scales.shape[1] * 32), dtype=dtype)
     library = usable(weights)
-    if library is None:
-        return (dequantize_int8 if form == _INT8 else dequantize_int4)(q, scales, dtype)
+    assert library is not None  # packed weights are for our kernels
     library.llama_dequantize(
-        q.data_ptr(), scales.data_ptr(), weights.data_ptr(), weights.shape[1], q.shape[0], DTYPES[dtype], form,
-        variant(), torch.get_num_threads(),
+        q.data_ptr(), scales.data_ptr(), weights.data_ptr(), weights.shape[1], rows, DTYPES[dtype],
+        FORMATS[q.dtype], variant(), torch.get_num_threads(),
     )  # fmt: skip
     return weights

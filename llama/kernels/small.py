@@ -6,6 +6,7 @@ from torch.nn.functional import silu
 
 from llama.kernels.library import DTYPES, usable, variant
 
+MOST_HEAD_DIM = 256  # of `attend`
 WORTH_THREADS = 1 << 14  # numbers: below it, waking other threads takes longer than the work
 
 
@@ -87,6 +88,19 @@ def attend(
         lengths.data_ptr(), scores.data_ptr(), len(rows), longest, keys.stride(0), q.shape[1], keys.shape[0],
         q.shape[2], DTYPES[q.dtype], variant(), threads,
     )  # fmt: skip
+
+
+def choose(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """Of each row of logits (R, V) float32: the first of the largest, and whether all are finite."""
+    library = usable(logits)
+    if library is None:
+        return logits.argmax(-1).tolist(), logits.sum(-1).isfinite().tolist()
+    logits = logits.contiguous()
+    tokens, finite = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits), dtype=torch.bool)
+    library.llama_choose(
+        logits.data_ptr(), tokens.data_ptr(), finite.data_ptr(), logits.shape[0], logits.shape[1], variant()
+    )  # fmt: skip
+    return tokens.tolist(), finite.tolist()
 
 
 def _threads(x: Tensor) -> int:
