@@ -1,11 +1,12 @@
 """This runner beside Hugging Face transformers and llama.cpp on a CPU, in bfloat16, int8 and int4: one command.
 
-python cpu.py --shape 134M
-python cpu.py --shape 1.1B --runs 3
+python cpu.py
+python cpu.py --shapes 134M --runs 1 --only int8
 
 Each figure is the median over rounds; in a round every runner loads in a process of its own, in turns. Decode is the
-time from the first to the last of some new tokens after a prompt of 16; prefill the time to one token after 512; the
-ragged batch has prompts of 16 to 384 tokens and 32 new ones each.
+time from the first to the last of some new tokens after a prompt of 16; prefill the time to one token after 512, the
+median of three; the ragged batch has prompts of 16 to 384 tokens and 32 new ones each. Quantised files are
+made beforehand for every runner. The medians are drawn in cpu.png.
 """
 
 import json
@@ -21,6 +22,8 @@ import torch
 from gguf_files import PRECISIONS, make_gguf
 from models import VOCABULARY, make_checkpoint
 from report import header, table
+
+from llama.checkpoint_writer import quantize
 
 RAGGED = (16, 32, 64, 96, 128, 192, 256, 384)
 NEW = 32
@@ -39,9 +42,9 @@ class Ours:
     def __init__(self, folder: Path, precision: str, max_seq_len: int, sequences: int) -> None:
         from llama import Llama
 
-        quantize = None if precision == "bf16" else precision
-        paths = (str(folder), str(folder / "tokenizer.model"))
-        self.llama = Llama.build(*paths, max_seq_len, sequences, device="cpu", quantize=quantize)
+        stored = folder if precision == "bf16" else folder / precision
+        paths = (str(stored), str(folder / "tokenizer.model"))
+        self.llama = Llama.build(*paths, max_seq_len, sequences, device="cpu")
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         from llama import SamplingParams
@@ -79,7 +82,7 @@ def work(runner: str, folder: str, precision: str) -> None:
     for rows in (1, 8):
         first = min(seconds((16,) * rows, 1) for _ in range(3))
         figures[f"decode{rows}"] = rows * NEW / (seconds((16,) * rows, NEW + 1) - first)
-    figures["prefill"] = 512 / seconds((512,), 1)
+    figures["prefill"] = 512 / statistics.median(seconds((512,), 1) for _ in range(3))
     figures["ragged"] = len(RAGGED) * NEW / seconds(RAGGED, NEW)
     figures["peak"] = peak_megabytes()
     print(json.dumps(figures))
@@ -107,31 +110,46 @@ def runners() -> list[tuple[str, str]]:
     return found
 
 
-def main(shape: str = "134M", runs: int = 3, dir: str = "/tmp/llama-benchmarks", only: str | None = None) -> None:
-    """Print figures, medians of `runs`, and ratios to the better peer; `only`: one precision."""
-    folder = make_checkpoint(Path(dir), shape)
+def main(
+    shapes: str = "134M,1.1B", runs: int = 3, dir: str = "/tmp/llama-benchmarks", only: str | None = None,
+    picture: str = str(Path(__file__).parent / "cpu.png"),
+) -> None:  # fmt: skip
+    """Print figures, medians of `runs`, and ratios to the better peer; `only`: one precision. Draw `picture`."""
+    print(header())
+    medians = {shape: measure(make_checkpoint(Path(dir), shape), shape, runs, only) for shape in shapes.split(",")}
+    try:
+        from chart import draw
+    except ImportError:
+        print("matplotlib is not installed: nothing is drawn", file=sys.stderr)
+    else:
+        draw(medians, FIGURES, LOWER_IS_BETTER, Path(picture))
+
+
+def measure(folder: Path, shape: str, runs: int, only: str | None) -> dict[tuple[str, str], dict[str, float]]:
+    """(Runner, precision) → the medians of its figures, printed."""
     pairs = [(runner, precision) for runner, precision in runners() if only in (None, precision)]
     for runner, precision in pairs:
         if runner == "llama.cpp":
             make_gguf(folder, precision)
+        elif precision != "bf16" and not (folder / precision).exists():
+            quantize(folder, folder / precision, precision, progress=False)
     results: dict[tuple[str, str], list[dict[str, float]]] = {pair: [] for pair in pairs}
     for _ in range(runs):
         for pair in pairs:
             words = [sys.executable, __file__, "work", pair[0], str(folder), pair[1]]
             done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
             results[pair].append(json.loads(done.stdout.splitlines()[-1]))
-            print(
-                *pair, {name: round(value, 2) for name, value in results[pair][-1].items()}, file=sys.stderr, flush=True
-            )
+            last = {name: round(value, 2) for name, value in results[pair][-1].items()}
+            print(*pair, last, file=sys.stderr, flush=True)
     medians = {
         pair: {name: statistics.median(one[name] for one in every) for name in FIGURES}
         for pair, every in results.items()
     }
-    print(header())
-    print(f"{shape}, {torch.get_num_threads()} threads, median of {runs}\n")
+    print(f"\n{shape}, {torch.get_num_threads()} threads, median of {runs}\n")
     head = ["runner", "precision", *FIGURES.values()]
     print(table(head, [[*pair, *(f"{m[name]:.4g}" for name in FIGURES)] for pair, m in medians.items()]), "\n")
     print(table(["precision", "figure", "ratio to the better peer", "goal"], ratios(medians)))
+    return medians
 
 
 def ratios(medians: dict[tuple[str, str], dict[str, float]]) -> list[list[str]]:
