@@ -67,11 +67,12 @@ def _chunk_mask(span: Span, device: torch.device) -> Tensor | None:
 
 
 def attention(q: Tensor, cache: KVCache, layer: int, plan: AttentionPlan) -> Tensor:
-    """Queries (N, H, D), contiguous → (N, H, D). The step's keys and values must be in the cache already.
+    """Queries (N, H, D) → (N, H, D). The step's keys and values must be in the cache already.
 
     The H / K query heads that share a kv head never get copies of it: a single query's heads become query
     positions of that head; a longer span sees it through a view of stride 0.
     """
+    q = q.contiguous()
     out = torch.empty_like(q)
     if plan.singles:
         one = plan.singles

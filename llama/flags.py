@@ -23,6 +23,7 @@ MODEL = {
     "threads": Flag(
         int | None, None, "how many threads a process uses on a CPU; as many as there are cores if left out."
     ),
+    "compile": Flag(bool, False, "run the layers through torch.compile, which takes its time at the first steps."),
     "verify": Flag(bool, False, "compare the files with the checkpoint's checklist.chk first."),
     "max_step_tokens": Flag(int | None, None, "the most tokens of one step; long prompts are read in such chunks."),
 }

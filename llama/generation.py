@@ -66,6 +66,7 @@ class Llama:
         dtype: str | torch.dtype | None = None,
         quantize: str | None = None,
         threads: int | None = None,
+        compile: bool = False,
         verify: bool = False,
         max_step_tokens: int | None = None,
     ) -> "Llama":
@@ -73,8 +74,8 @@ class Llama:
 
         `max_seq_len` is the most tokens of one sequence, prompt and completion; `max_batch_size` how many sequences
         are held at once (more may be asked for). `seed` None takes fresh entropy. `quantize` "int8" or "int4" holds the
-        matrices in so many bits. `threads` is how many this process uses on a CPU (None: as PyTorch is set). Raises a
-        subclass of LlamaError.
+        matrices in so many bits. `threads` is how many this process uses on a CPU (None: as PyTorch is set). `compile`
+        runs the layers through torch.compile, which takes its time at the first steps. Raises a subclass of LlamaError.
         """
         started = time.perf_counter()
         memory.check_sizes(
@@ -100,6 +101,10 @@ class Llama:
         args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
         step_tokens = max_step_tokens or memory.step_tokens(place)
         model = checkpoint.load(folder, shards, args, place, wanted_dtype, step_tokens, quantize)
+        if compile:
+            from llama.compiled import compile_layers  # it brings in half of a compiler
+
+            compile_layers(model)
         llama = Llama(model, tokenizer, seed=seed, max_step_tokens=step_tokens)
         llama.ckpt_dir = folder
         if args.quantize and place.type == "cpu" and (reason := why_not()):

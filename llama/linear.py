@@ -30,33 +30,37 @@ class ColumnLinear(ColumnParallelLinear):
     """Each rank computes its own outputs; they are gathered where all ranks need all of them."""
 
     scales: Tensor | None = None
+    ranks: int
 
     def forward(self, x: Tensor) -> Tensor:
         y = product(x, self.weight, self.scales, self.output_size_per_partition)
-        return gather_from_model_parallel_region(y) if self.gather_output and model_parallel_size() > 1 else y
+        return gather_from_model_parallel_region(y) if self.gather_output and self.ranks > 1 else y
 
 
 class RowLinear(RowParallelLinear):
     """Each rank has its own inputs; the partial sums are added over the ranks."""
 
     scales: Tensor | None = None
+    ranks: int
 
     def forward(self, x: Tensor) -> Tensor:
         y = product(x, self.weight, self.scales, self.out_features)
-        return reduce_from_model_parallel_region(y) if model_parallel_size() > 1 else y
+        return reduce_from_model_parallel_region(y) if self.ranks > 1 else y
 
 
 def column_parallel(inputs: int, outputs: int, *, gather: bool = False) -> ColumnLinear:
     mp = model_parallel_size()
     layer = ColumnLinear(mp, mp, bias=False, gather_output=gather, init_method=lambda weight: weight)
-    layer.in_features, layer.out_features, layer.output_size_per_partition = inputs, outputs, outputs // mp
+    layer.ranks, layer.in_features, layer.out_features = mp, inputs, outputs
+    layer.output_size_per_partition = outputs // mp
     return _on_meta(layer, outputs // mp, inputs)
 
 
 def row_parallel(inputs: int, outputs: int) -> RowLinear:
     mp = model_parallel_size()
     layer = RowLinear(mp, mp, bias=False, input_is_parallel=True, init_method=lambda weight: weight)
-    layer.in_features, layer.out_features, layer.input_size_per_partition = inputs, outputs, inputs // mp
+    layer.ranks, layer.in_features, layer.out_features = mp, inputs, outputs
+    layer.input_size_per_partition = inputs // mp
     return _on_meta(layer, outputs, inputs // mp)
 
 

@@ -66,13 +66,13 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(head_dim: int, positions: int, theta: float, device: torch.device) -> Tensor:
-    """Unit complex numbers (positions, D/2) for interleaved RoPE (https://arxiv.org/abs/2104.09864).
+    """Unit complex numbers, as (positions, D/2, 2) float32, for interleaved RoPE (https://arxiv.org/abs/2104.09864).
 
     Pair i of a head, read as a complex number, is turned by position · theta^(−2i/D).
     """
     freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
     angles = torch.outer(torch.arange(positions).float(), freqs)
-    return torch.polar(torch.ones_like(angles), angles).to(device)
+    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).to(device)
 
 
 class Attention(nn.Module):
@@ -86,11 +86,10 @@ class Attention(nn.Module):
         self.wqkv = column_parallel(args.dim, (args.n_heads + 2 * args.kv_heads) * args.head_dim)
         self.wo = row_parallel(args.n_heads * args.head_dim, args.dim)
 
-    def forward(self, x: Tensor, inputs: "LayerInputs") -> Tensor:
+    def queries(self, x: Tensor, turns: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+        """The queries (N, H, D) of x (N, dim), turned; its keys and values go to those rows of the layer's cache."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2K, D)
-        keys, values = inputs.cache.keys[self.layer], inputs.cache.values[self.layer]
-        q = turn_and_store(heads, inputs.turns, keys, values, inputs.rows, self.n_heads)
-        return self.wo(attention(q, inputs.cache, self.layer, inputs.plan).flatten(1))
+        return turn_and_store(heads, turns, keys, values, rows, self.n_heads)
 
 
 class FeedForward(nn.Module):
@@ -114,7 +113,17 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x: Tensor, inputs: "LayerInputs") -> Tensor:
-        x = x + self.attention(self.attention_norm(x), inputs)
+        cache, layer = inputs.cache, self.attention.layer
+        q = self.before(x, inputs.turns, cache.keys[layer], cache.values[layer], inputs.rows)
+        return self.after(x, attention(q, cache, layer, inputs.plan))
+
+    def before(self, x: Tensor, turns: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+        """What comes before attention: x (N, dim) → queries (N, H, D); see `Attention.queries`."""
+        return self.attention.queries(self.attention_norm(x), turns, keys, values, rows)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What comes after it: x (N, dim) and the heads' sums (N, H, D) → the layer's output (N, dim)."""
+        x = x + self.attention.wo(attended.flatten(1))
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -124,7 +133,7 @@ class LayerInputs:
 
     cache: KVCache
     rows: Tensor  # (N,) token rows of the cache to write to
-    turns: Tensor  # (N, 1, D/2) complex64
+    turns: Tensor  # (N, 1, D/2, 2) float32
     plan: AttentionPlan
 
 
@@ -140,6 +149,7 @@ class Transformer(nn.Module):
         self.output = column_parallel(args.dim, args.vocab_size, gather=True)
         self.rope: Tensor | None = None  # made where the weights are, at the first step
         self._decode_step: DecodeStep | None = None
+        self.compiled = False  # see compiled.py
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +170,8 @@ class Transformer(nn.Module):
         """Write the step's keys and values into the cache; return the logits (R, vocab) in float32."""
         if self.rope is None or self.rope.shape[0] < cache.max_seq_len:
             self.rope = rope_table(self.params.head_dim, cache.max_seq_len, self.params.rope_theta, self.device)
-        if step.decodes and model_parallel_size() == 1 and can_run(len(step.spans), self, cache):
+        together = step.decodes and model_parallel_size() == 1 and not self.compiled
+        if together and can_run(len(step.spans), self, cache):
             return self._decode(step, cache)
         turns = self.rope[step.positions][:, None]
         inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), turns, plan(step, cache))

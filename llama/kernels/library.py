@@ -29,8 +29,10 @@ _RETURNS = {"llama_workspace": _LONG, "llama_most_rows": _LONG, "llama_step_work
 
 
 def usable(x: Tensor) -> ctypes.CDLL | None:
-    """The library, where it can compute with x: on a CPU, in bfloat16 or float32."""
-    return load()[0] if x.device.type == "cpu" and x.dtype in DTYPES else None
+    """The library, where it can compute with x: on a CPU, in bfloat16 or float32, and not for torch.compile."""
+    if x.device.type != "cpu" or x.dtype not in DTYPES or torch.compiler.is_compiling():
+        return None
+    return load()[0]
 
 
 def why_not() -> str | None:

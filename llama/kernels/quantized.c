@@ -20,8 +20,9 @@
 #include <unistd.h>
 #endif
 
-enum { MOST = 8, AHEAD = 2048 };       /* rows of x at a time; bytes of W that are fetched before they are needed */
-enum { FEW = 16, FEW_PLAIN = 2 };      /* rows for which vectors are faster than tiles */
+enum { MOST = 8 };                            /* rows of x at a time */
+enum { AHEAD = 2048, AHEAD_INT8 = 4 * AHEAD }; /* bytes of W that are fetched before they are needed, as measured */
+enum { FEW = 16, FEW_PLAIN = 2 };             /* rows for which vectors are faster than tiles */
 
 /* Rows of x as the kernels read them. */
 typedef struct {
@@ -160,7 +161,7 @@ AVX512 INLINE void avx512_rows(
 #pragma GCC unroll 8
         for (int k = 0; k < 8; k++) {
             if (format == INT8) {
-                _mm_prefetch((const char *)w + AHEAD + k * 64, _MM_HINT_T0);
+                _mm_prefetch((const char *)w + AHEAD_INT8 + k * 64, _MM_HINT_T0);
                 weights[k] = _mm512_xor_si512(_mm512_loadu_si512(w + k * 64), flip);
             } else if (k < 4) {
                 _mm_prefetch((const char *)w + AHEAD + k * 64, _MM_HINT_T0);
@@ -307,8 +308,8 @@ static int uses_tiles(int64_t n, int dtype, int format, int variant) {
 
 /* The most rows of x for which a product is made here: for more, PyTorch's on dequantised weights is faster. */
 int64_t llama_most_rows(int dtype, int variant) {
-    if (dtype == BFLOAT16 && variant != PORTABLE) return INT64_MAX;
-    return variant >= USES_AVX512 ? 128 : variant == USES_AVX2 ? 32 : 8;
+    if (variant >= USES_AVX512 || (variant == USES_AVX2 && dtype == BFLOAT16)) return INT64_MAX;
+    return variant == USES_AVX2 ? 128 : 8;
 }
 
 /* Bytes of the workspace that a product of n rows needs. */

@@ -51,6 +51,8 @@ def is_packed(weight: Tensor) -> bool:
 
 def packed_product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
     """x (N, C) · W (outputs, C)ᵀ → (N, outputs), from quantised weights or packed ones."""
+    if torch.compiler.is_compiling() and is_packed(weight):
+        return torch.ops.llama.packed_product(x, weight, scales, outputs)
     n, inputs = x.shape
     library = usable(x)
     if not is_packed(weight) or library is None or n > library.llama_most_rows(DTYPES[x.dtype], variant()):

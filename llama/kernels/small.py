@@ -42,9 +42,12 @@ def gate(both: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn heads x (N, H, D) by the turns (N, 1, D/2) of their positions, in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+    """Turn heads x (N, H, D) by the turns (N, 1, D/2, 2) of their positions, in float32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which makes no code for complex numbers
+        (a, b), (c, s) = pairs.unbind(-1), turns.unbind(-1)
+        return torch.stack((a * c - b * s, a * s + b * c), dim=-1).flatten(-2).type_as(x)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2).type_as(x)
 
 
 def turn_and_store(
@@ -52,7 +55,7 @@ def turn_and_store(
 ) -> Tensor:  # fmt: skip
     """Heads (N, H + 2K, D): the first H, turned, come back as (N, H, D); the next K, turned, and the last K are stored.
 
-    `turns` (N, 1, D/2) complex64 are those of the tokens' positions; `keys` and `values` (K, S, P, D) a layer's cache,
+    `turns` (N, 1, D/2, 2) float32 are those of the tokens' positions; `keys` and `values` (K, S, P, D) a layer's cache,
     of which token n gets row rows[n] of (S · P).
     """
     library, n_kv_heads = usable(heads), keys.shape[0]
@@ -61,11 +64,11 @@ def turn_and_store(
         for stored, new in ((keys, turned[:, n_heads:]), (values, heads[:, -n_kv_heads:])):
             stored.flatten(1, 2).index_copy_(1, rows, new.transpose(0, 1))
         return turned[:, :n_heads]
-    heads, angles = heads.contiguous(), torch.view_as_real(turns).contiguous()
+    heads, turns = heads.contiguous(), turns.contiguous()
     n, _, head_dim = heads.shape
     q = torch.empty((n, n_heads, head_dim), dtype=heads.dtype)
     library.llama_turn(
-        heads.data_ptr(), angles.data_ptr(), q.data_ptr(), keys.data_ptr(), values.data_ptr(), rows.data_ptr(), n,
+        heads.data_ptr(), turns.data_ptr(), q.data_ptr(), keys.data_ptr(), values.data_ptr(), rows.data_ptr(), n,
         keys.stride(0), n_heads, n_kv_heads, head_dim, DTYPES[heads.dtype], variant(), _threads(heads),
     )  # fmt: skip
     return q

@@ -1,0 +1,50 @@
+"""torch.compile for a model: what is before and after attention in a layer; attention itself stays as it is.
+
+On a CPU that has our kernels the default is faster (benchmarks/RESULTS.md): this is for what has none. All layers share
+the same few graphs, whatever the number of tokens in a step.
+"""
+
+import torch
+from torch import Tensor
+
+from llama.errors import DeviceError
+from llama.kernels.quantized import packed_product
+from llama.model import Transformer
+
+
+def compile_layers(model: Transformer) -> None:
+    """Compile the model's layers, at their first steps. Raises DeviceError where torch has no compiler to use."""
+    _check_compiler(model.device)
+    _register()
+    model.compiled = True
+    for layer in model.layers:
+        layer.before = torch.compile(layer.before, dynamic=True)
+        layer.after = torch.compile(layer.after, dynamic=True)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """For a CPU torch.compile needs a C++ compiler, for a GPU Triton, which comes with PyTorch."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # its kind differs between versions
+        raise DeviceError(
+            f"compile=True needs a C++ compiler, and none was found ({type(error).__name__}): install g++, or leave"
+            " compile out"
+        ) from None
+
+
+def _register() -> None:
+    """Make our products known to torch.compile, which calls them as they are."""
+    if hasattr(torch.ops.llama, "packed_product"):
+        return
+    schema = "(Tensor x, Tensor weight, Tensor? scales, SymInt outputs) -> Tensor"
+    torch.library.define("llama::packed_product", schema)
+    torch.library.impl("llama::packed_product", "cpu")(packed_product)
+
+    @torch.library.register_fake("llama::packed_product")
+    def shape_of(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
+        return x.new_empty(x.shape[0], outputs)

@@ -1,0 +1,59 @@
+"""compile=True: the same answers through torch.compile, in a few graphs; one line where there is no compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DEMO, ROOT
+
+from llama import Llama, SamplingParams
+
+PROMPTS = [[1, 5, 9, 20, 17], [1, 7], [1, 33, 101, 44, 80, 80, 12, 9, 5]]
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+
+
+def build(**options: object) -> Llama:
+    return Llama.build(str(DEMO), str(DEMO / "tokenizer.model"), 128, 3, device="cpu", dtype="float32", **options)
+
+
+@needs_compiler
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_compiled_layers_agree_in_a_few_graphs(quantize: str | None) -> None:
+    """Greedy tokens are the same; longer prompts, more sequences and growing lengths compile nothing anew."""
+    from torch._dynamo.utils import counters
+
+    params = SamplingParams(temperature=0, max_gen_len=20)
+    expected = build(quantize=quantize).generate(PROMPTS, params=params)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = build(quantize=quantize, compile=True)
+    assert compiled.generate(PROMPTS, params=params) == expected
+    graphs = counters["stats"]["unique_graphs"]
+    assert 2 <= graphs <= 4 and not counters["graph_break"]
+    compiled.generate([[1] * n for n in (3, 9, 50, 1, 2)], params=params)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_missing_compiler_is_said_in_one_line() -> None:
+    code = "from llama.cli import main; main()"
+    words = [sys.executable, "-c", code, "complete", "Once", "--compile", "--device", "cpu", "--max_gen_len", "1"]
+    environment = {**os.environ, "CXX": "/nonexistent/g++", "PATH": "/nonexistent"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert "compile=True needs a C++ compiler, and none was found" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_nothing_of_it_is_loaded_unasked() -> None:
+    """torch.compile brings in hundreds of modules."""
+    code = (
+        "import sys; from llama.cli import main\n"
+        "sys.argv = ['llama', 'complete', 'Once', '--max_gen_len', '1', '--quiet', '--device', 'cpu']; main()\n"
+        "unasked = ('torch._dynamo', 'torch._inductor', 'llama.compiled', 'llama.batch', 'llama.chat_session',"
+        " 'prompt_toolkit', 'llama.checkpoint_writer')\n"
+        "print([module for module in unasked if module in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stderr == "[]\n"
