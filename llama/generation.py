@@ -74,21 +74,22 @@ class Llama:
 
         `max_seq_len` is the most tokens of one sequence, prompt and completion; `max_batch_size` how many sequences
         are held at once (more may be asked for). `seed` None takes fresh entropy. `quantize` "int8" or "int4" holds the
-        matrices in so many bits. `threads` is how many this process uses on a CPU (None: as PyTorch is set). `compile`
-        runs the layers through torch.compile, which takes its time at the first steps. Raises a subclass of LlamaError.
+        matrices in so many bits. `threads` is how many this process uses on a CPU (None: `parallel.default_threads`).
+        `compile` runs the layers through torch.compile, which takes its time at the first steps. Raises a subclass of
+        LlamaError.
         """
         started = time.perf_counter()
         memory.check_sizes(
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             max_step_tokens=1 if max_step_tokens is None else max_step_tokens,
+            threads=1 if threads is None else threads,
         )
         _check_seed(seed)
         check_format(quantize)
-        if threads is not None:
-            memory.check_sizes(threads=threads)
-            torch.set_num_threads(threads)
         place, wanted_dtype = parallel.choose_device(device), parallel.parse_dtype(dtype)
+        if threads is not None or place.type == "cpu":
+            torch.set_num_threads(threads or parallel.default_threads())
         parallel.initialize(place, model_parallel_size)
         folder = Path(ckpt_dir)
         checkpoint.find_shards(folder)  # a missing file is said before what is in another

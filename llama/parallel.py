@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+from pathlib import Path
 import sys
 from datetime import timedelta
 from typing import Any
@@ -31,6 +32,32 @@ def rank() -> int:
 def local_rank() -> int:
     """This process's number among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def default_threads() -> int:
+    """How many threads this process should use on a CPU: no more than the cores that its container grants.
+
+    torchrun sets OMP_NUM_THREADS=1 for several processes, whatever the machine: they share its cores evenly instead.
+    """
+    together, granted = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), _granted_cores()
+    if together > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        return max(1, granted // together)
+    return min(torch.get_num_threads(), granted)
+
+
+def _granted_cores(control_group: Path = Path("/sys/fs/cgroup")) -> int:
+    """The cores that this process may run on, or fewer where a container limits its time on them (cgroup v2, or v1)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        limit, period = (control_group / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            limit, period = ((control_group / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        except OSError:
+            return cores
+    if not limit.strip().isdecimal():  # "max", or −1: no limit
+        return cores
+    return max(1, min(cores, round(int(limit) / int(period))))
 
 
 def world_size() -> int:

@@ -292,3 +292,38 @@ def test_the_stored_dtype_is_kept_where_it_is_fast(
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: fast)
     assert parallel.choose_dtype(stored, torch.device(device)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "20000 100000\n"}, 1),
+        ({"cpu.max": "3200000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+    ],
+)
+def test_a_containers_limit_counts_as_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert parallel._granted_cores(tmp_path) == expected
+
+
+def test_processes_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun tells each to use one thread; a user's own number, and a single process's, stay as they are."""
+    monkeypatch.setattr(parallel, "_granted_cores", lambda: 12)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    for together, told, expected in (("4", "1", 3), ("4", "2", 5), ("1", "1", 5), ("16", "1", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", together)
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+        assert parallel.default_threads() == expected
+    monkeypatch.setattr(parallel, "_granted_cores", lambda: 2)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert parallel.default_threads() == 2

@@ -151,3 +151,19 @@ def test_a_name_that_is_not_utf8_can_be_said() -> None:
     done = llama("verify", LLAMA_CKPT_DIR=os.fsdecode(b"/nowhere\xff"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(r"llama: /nowhere\udcff/checklist.chk is missing")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "3000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")]
+)
+def test_waiting_threads_give_up_their_core(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str | None
+) -> None:
+    """Unless the environment says how they shall wait."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    shell.wait_briefly()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
