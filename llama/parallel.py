@@ -3,9 +3,9 @@
 import contextlib
 import io
 import os
-from pathlib import Path
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
