@@ -214,6 +214,8 @@ def fill(
         if hasattr(module, "scales") and can_pack(weight, dtype):
             weight, module.scales = pack(weight, module.scales)
         setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+        del weight
+    _return_memory()
 
 
 def _joined(
@@ -273,6 +275,12 @@ def _release(part: Tensor) -> None:
     begin, end = -(-first // page) * page, (first + part.untyped_storage().nbytes()) // page * page
     if end > begin:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _return_memory() -> None:
+    """Give memory that the C library holds for later back to the system: loading leaves holes in it (glibc only)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def stored_dtype(shards: list[dict[str, Tensor]]) -> torch.dtype:

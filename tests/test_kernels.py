@@ -123,6 +123,18 @@ def test_bfloat16_weights_agree_too(n: int, outputs: int, runs: int, threads: in
     assert y.equal((x.float() @ weight.float().T).bfloat16())
 
 
+@pytest.mark.skipif(BEST != "amx", reason="bfloat16 weights are packed where there are tiles for them")
+@pytest.mark.parametrize("n", [1, 2, 5, 40])
+def test_what_is_not_finite_stays_in_its_row_of_bfloat16(n: int) -> None:
+    weight, x = torch.randn(50, 96).bfloat16(), torch.randn(n, 96).bfloat16()
+    for bad in (float("nan"), float("inf"), 3e38):
+        broken = x.clone()
+        broken[n - 1, 70] = bad
+        y = product(broken, weight, None)
+        assert y[: n - 1].equal(product(x, weight, None)[: n - 1])
+        assert torch.allclose(y[-1:].float(), (broken[-1:].double() @ weight.double().T).float(), 0.01, equal_nan=True)
+
+
 @needs_kernels
 @pytest.mark.parametrize("name", ["int8", "int4", "bfloat16"])
 def test_packed_weights_are_the_same_weights(name: str) -> None:

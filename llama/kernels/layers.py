@@ -31,6 +31,7 @@ class DecodeStep:
     def __init__(self, model: Any, cache: Any) -> None:
         args = model.params
         self._held = (model.rope, cache)
+        self._workspace = torch.empty(0, dtype=torch.uint8)
         layers = []
         for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
             wqkv, wo, w13, w2 = (layer.get_submodule(name) for name in _MATRICES)
@@ -59,11 +60,13 @@ class DecodeStep:
         shape.n, shape.threads = n, torch.get_num_threads()
         library = usable(self._held[1].keys[0])
         assert library is not None
-        workspace = torch.empty(library.llama_step_workspace(ctypes.byref(shape), longest), dtype=torch.uint8)
+        needed = library.llama_step_workspace(ctypes.byref(shape), shape.max_seq_len)
+        if self._workspace.numel() < needed:
+            self._workspace = torch.empty(needed, dtype=torch.uint8)
         logits = torch.empty((n, shape.vocab), dtype=torch.float32)
         library.llama_step(
             self._layers.data_ptr(), len(self._layers), self._ends.data_ptr(), ctypes.byref(shape), tokens.data_ptr(),
-            slots.data_ptr(), positions.data_ptr(), longest, logits.data_ptr(), workspace.data_ptr(),
+            slots.data_ptr(), positions.data_ptr(), longest, logits.data_ptr(), self._workspace.data_ptr(),
         )  # fmt: skip
         return logits
 

@@ -15,14 +15,15 @@
 
 #include "kernels.h"
 
-#if X86 && defined(__linux__)
+#if defined(__linux__)
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-enum { MOST = 8 };                            /* rows of x at a time */
+enum { MOST = 8, BLOCKS = 4 };                 /* rows of x, and blocks of W for few of them, at a time */
 enum { AHEAD = 2048, AHEAD_INT8 = 4 * AHEAD }; /* bytes of W that are fetched before they are needed, as measured */
-enum { FEW = 16, FEW_PLAIN = 2 };             /* rows for which vectors are faster than tiles */
+enum { FEW = 16, FEW_PLAIN = 2 };              /* rows for which vectors are faster than tiles */
 
 /* Rows of x as the kernels read them. */
 typedef struct {
@@ -146,76 +147,89 @@ AVX2 static void avx2_block(
 
 /* ------------------------------------------------------------------------------------------------- AVX512-VNNI */
 
-/* A block of W against `rows` rows of x. */
+/* BLOCKS blocks of W, or one, against `rows` rows of x: memory is read faster at several places than at one. */
 AVX512 INLINE void avx512_rows(
-    const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t row, int rows, int format, float *y
+    const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t row, int blocks, int rows, int format, float *y
 ) {
     const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)0x80);
     const int8_t *q = x->q + row * x->inputs;
     const float *own = x->scale + row * x->runs;
     const int32_t *start = x->start + row * x->runs;
-    __m512 sum[MOST];
-    for (int n = 0; n < rows; n++) sum[n] = _mm512_setzero_ps();
-    for (int64_t run = 0; run < x->runs; run++, w += run_bytes(format), scales += LANES, q += RUN) {
-        __m512i weights[8];
+    const int64_t bytes = x->runs * run_bytes(format), ahead = format == INT8 ? AHEAD_INT8 : AHEAD;
+    __m512 sum[BLOCKS][MOST];
+    for (int b = 0; b < blocks; b++)
+        for (int n = 0; n < rows; n++) sum[b][n] = _mm512_setzero_ps();
+    for (int64_t run = 0; run < x->runs; run++, w += run_bytes(format), scales += LANES, q += RUN)
+#pragma GCC unroll 4
+        for (int b = 0; b < blocks; b++) {
+            const uint8_t *at = w + b * bytes;
+            __m512i weights[8];
 #pragma GCC unroll 8
-        for (int k = 0; k < 8; k++) {
-            if (format == INT8) {
-                _mm_prefetch((const char *)w + AHEAD_INT8 + k * 64, _MM_HINT_T0);
-                weights[k] = _mm512_xor_si512(_mm512_loadu_si512(w + k * 64), flip);
-            } else if (k < 4) {
-                _mm_prefetch((const char *)w + AHEAD + k * 64, _MM_HINT_T0);
-                __m512i both = _mm512_loadu_si512(w + k * 64);
-                weights[k] = _mm512_and_si512(both, low);
-                weights[k + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+            for (int k = 0; k < 8; k++) {
+                if (format == INT8) {
+                    _mm_prefetch((const char *)at + ahead + k * 64, _MM_HINT_T0);
+                    weights[k] = _mm512_xor_si512(_mm512_loadu_si512(at + k * 64), flip);
+                } else if (k < 4) {
+                    _mm_prefetch((const char *)at + ahead + k * 64, _MM_HINT_T0);
+                    __m512i both = _mm512_loadu_si512(at + k * 64);
+                    weights[k] = _mm512_and_si512(both, low);
+                    weights[k + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+                }
+            }
+            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(scales + b * x->runs * LANES)));
+            for (int n = 0; n < rows; n++) {
+                __m512i dot = _mm512_set1_epi32(start[n * x->runs + run]);
+                const int32_t *fours = (const int32_t *)(q + n * x->inputs);
+#pragma GCC unroll 8
+                for (int k = 0; k < 8; k++) dot = _mm512_dpbusd_epi32(dot, weights[k], _mm512_set1_epi32(fours[k]));
+                __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(own[n * x->runs + run]));
+                sum[b][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, sum[b][n]);
             }
         }
-        __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scales));
-        for (int n = 0; n < rows; n++) {
-            __m512i dot = _mm512_set1_epi32(start[n * x->runs + run]);
-            const int32_t *fours = (const int32_t *)(q + n * x->inputs);
-#pragma GCC unroll 8
-            for (int k = 0; k < 8; k++) dot = _mm512_dpbusd_epi32(dot, weights[k], _mm512_set1_epi32(fours[k]));
-            __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(own[n * x->runs + run]));
-            sum[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, sum[n]);
-        }
-    }
-    for (int n = 0; n < rows; n++) _mm512_storeu_ps(y + n * LANES, sum[n]);
+    for (int b = 0; b < blocks; b++)
+        for (int n = 0; n < rows; n++) _mm512_storeu_ps(y + (b * MOST + n) * LANES, sum[b][n]);
 }
 
 #define CASE(rows) \
-    case rows * 2: avx512_rows(w, scales, x, row, rows, INT8, y); break; \
-    case rows * 2 + 1: avx512_rows(w, scales, x, row, rows, INT4, y); break;
+    case rows * 2: avx512_rows(w, scales, x, row, 1, rows, INT8, y); break; \
+    case rows * 2 + 1: avx512_rows(w, scales, x, row, 1, rows, INT4, y); break; \
+    case 64 + rows * 2: avx512_rows(w, scales, x, row, BLOCKS, rows, INT8, y); break; \
+    case 64 + rows * 2 + 1: avx512_rows(w, scales, x, row, BLOCKS, rows, INT4, y); break;
 
-AVX512 static void avx512_block(
-    const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t row, int rows, int format, float *y
+AVX512 static void avx512_blocks(
+    const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t row, int blocks, int rows, int format, float *y
 ) {
-    switch (rows * 2 + format) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+    switch ((blocks > 1) * 64 + rows * 2 + format) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
 }
 
 /* The same for bfloat16 weights, with x as it is. */
-AMX INLINE void plain_rows(const uint8_t *w, const uint16_t *x, int64_t inputs, int rows, float *y) {
-    __m512 sum[MOST];
-    for (int n = 0; n < rows; n++) sum[n] = _mm512_setzero_ps();
+AMX INLINE void plain_rows(const uint8_t *w, const uint16_t *x, int64_t inputs, int blocks, int rows, float *y) {
+    const int64_t bytes = inputs / RUN * run_bytes(PLAIN);
+    __m512 sum[BLOCKS][MOST];
+    for (int b = 0; b < blocks; b++)
+        for (int n = 0; n < rows; n++) sum[b][n] = _mm512_setzero_ps();
     for (int64_t run = 0; run < inputs / RUN; run++, w += run_bytes(PLAIN), x += RUN)
 #pragma GCC unroll 16
-        for (int k = 0; k < 16; k++) {
-            _mm_prefetch((const char *)w + AHEAD + k * 64, _MM_HINT_T0);
-            __m512bh weights = (__m512bh)_mm512_loadu_si512(w + k * 64);
-            for (int n = 0; n < rows; n++) {
-                int32_t pair;
-                memcpy(&pair, x + n * inputs + k * 2, 4);
-                sum[n] = _mm512_dpbf16_ps(sum[n], weights, (__m512bh)_mm512_set1_epi32(pair));
+        for (int k = 0; k < 16; k++)
+            for (int b = 0; b < blocks; b++) {
+                _mm_prefetch((const char *)w + b * bytes + AHEAD + k * 64, _MM_HINT_T0);
+                __m512bh weights = (__m512bh)_mm512_loadu_si512(w + b * bytes + k * 64);
+                for (int n = 0; n < rows; n++) {
+                    int32_t pair;
+                    memcpy(&pair, x + n * inputs + k * 2, 4);
+                    sum[b][n] = _mm512_dpbf16_ps(sum[b][n], weights, (__m512bh)_mm512_set1_epi32(pair));
+                }
             }
-        }
-    for (int n = 0; n < rows; n++) _mm512_storeu_ps(y + n * LANES, sum[n]);
+    for (int b = 0; b < blocks; b++)
+        for (int n = 0; n < rows; n++) _mm512_storeu_ps(y + (b * MOST + n) * LANES, sum[b][n]);
 }
 
 #define PLAIN_CASE(rows) \
-    case rows: plain_rows(w, x, inputs, rows, y); break;
+    case rows: plain_rows(w, x, inputs, 1, rows, y); break; \
+    case 32 + rows: plain_rows(w, x, inputs, BLOCKS, rows, y); break;
 
-AMX static void plain_block(const uint8_t *w, const uint16_t *x, int64_t inputs, int rows, float *y) {
-    switch (rows) {
+AMX static void plain_blocks(const uint8_t *w, const uint16_t *x, int64_t inputs, int blocks, int rows, float *y) {
+    switch ((blocks > 1) * 32 + rows) {
         PLAIN_CASE(1) PLAIN_CASE(2) PLAIN_CASE(3) PLAIN_CASE(4) PLAIN_CASE(5) PLAIN_CASE(6) PLAIN_CASE(7) PLAIN_CASE(8)
     }
 }
@@ -279,25 +293,30 @@ static void some_blocks(
     const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t n, int64_t begin, int64_t end, int64_t outputs,
     int variant, int format, void *y, int dtype
 ) {
-    for (int64_t block = begin; block < end; block++) {
+    int most = variant == USES_AVX512 && n <= FEW_PLAIN ? BLOCKS : 1; /* where they wait for memory, not for vectors */
+    for (int64_t block = begin; block < end;) {
         const uint8_t *own = w + block * x->runs * run_bytes(format);
         const uint16_t *own_scales = scales + block * x->runs * LANES;
-        int64_t first = block * LANES, outs = outputs - first < LANES ? outputs - first : LANES;
+        int blocks = end - block < most ? 1 : most;
         for (int64_t row = 0; row < n; row += MOST) {
             int rows = n - row < MOST ? (int)(n - row) : MOST;
-            float results[MOST * LANES];
+            float results[BLOCKS * MOST * LANES];
 #if X86
-            if (format == PLAIN) plain_block(own, x->plain + row * x->inputs, x->inputs, rows, results);
-            else if (variant == USES_AVX512) avx512_block(own, own_scales, x, row, rows, format, results);
+            if (format == PLAIN) plain_blocks(own, x->plain + row * x->inputs, x->inputs, blocks, rows, results);
+            else if (variant == USES_AVX512) avx512_blocks(own, own_scales, x, row, blocks, rows, format, results);
             else if (variant == USES_AVX2) avx2_block(own, own_scales, x, row, rows, format, results);
             else
 #endif
                 for (int i = 0; i < rows; i++)
                     portable_block(own, own_scales, x, row + i, format, results + i * LANES);
-            for (int i = 0; i < rows; i++)
-                for (int64_t out = 0; out < outs; out++)
-                    write_number(y, dtype, (row + i) * outputs + first + out, results[i * LANES + out]);
+            for (int b = 0; b < blocks; b++)
+                for (int i = 0; i < rows; i++) {
+                    int64_t first = (block + b) * LANES, outs = outputs - first < LANES ? outputs - first : LANES;
+                    for (int64_t out = 0; out < outs; out++)
+                        write_number(y, dtype, (row + i) * outputs + first + out, results[(b * MOST + i) * LANES + out]);
+                }
         }
+        block += blocks;
     }
 }
 
@@ -348,8 +367,17 @@ void llama_product(
     }
 }
 
+/* Ask Linux for pages of 2 MB before any is touched: there are fewer of them to fill and to look up. */
+static void use_huge_pages(void *memory, int64_t bytes) {
+#if defined(__linux__)
+    uintptr_t page = 4096, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* where it is refused, pages are small */
+#endif
+}
+
 /* W (rows, runs, fours of four bytes) → blocks as the kernels read them; rows that are not there are zeros. */
 void llama_pack(const uint32_t *from, uint32_t *to, int64_t rows, int64_t runs, int64_t fours, int threads) {
+    use_huge_pages(to, (rows + LANES - 1) / LANES * LANES * runs * fours * 4);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t block = 0; block < (rows + LANES - 1) / LANES; block++) {
         const uint32_t *own = from + block * LANES * runs * fours;
