@@ -11,9 +11,8 @@ import fire
 import torch
 from report import header, table
 
-from llama.kernels.quantized import can_pack, pack, packed_product
+from llama.kernels.quantized import can_pack, pack, packed_product, quantize
 from llama.linear import product
-from llama.quantization import quantize_int4, quantize_int8
 
 
 def seconds(run: Callable[[int], object], copies: int, repeats: int) -> float:
@@ -33,7 +32,7 @@ def main(outputs: int = 11008, inputs: int = 4096, repeats: int = 15) -> None:
     """Print GB/s of weights read, and how many times faster than bfloat16."""
     copies = max(2, (1 << 29) // (2 * outputs * inputs))
     weights = [torch.randn(outputs, inputs).bfloat16() for _ in range(copies)]
-    forms = {"int8": [pack(*quantize_int8(w)) for w in weights], "int4": [pack(*quantize_int4(w)) for w in weights]}
+    forms = {name: [pack(*quantize(w, name)) for w in weights] for name in ("int8", "int4")}
     if can_pack(weights[0], torch.bfloat16):
         forms = {"bf16": [pack(w, None) for w in weights], **forms}
     rows = []

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from llama import checklist, memory
 from llama.errors import CheckpointError, DeviceError
-from llama.kernels.quantized import can_pack, pack
+from llama.kernels.quantized import can_pack, pack, quantize
 from llama.model import ModelArgs, Transformer
 from llama.parallel import choose_dtype, model_parallel_rank, model_parallel_size
 from llama.params_file import read_params
-from llama.quantization import QUANTIZE
 from llama.resharding import either, plan, possible_sizes, split_axis
 from llama.weight_format import FORMATS, check_groups, format_of, quantized_shapes, scales_of
 
@@ -210,7 +209,7 @@ def fill(
             weight = _joined(names, shapes, shards, getattr(torch, FORMATS[form].dtype), device)
             module.scales = _joined(list(map(scales_of, names)), shapes, shards, torch.float16, device)
         else:
-            weight, module.scales = QUANTIZE[form](_joined(names, shapes, shards, stored_dtype(shards), device))
+            weight, module.scales = quantize(_joined(names, shapes, shards, stored_dtype(shards), device), form)
         if hasattr(module, "scales") and can_pack(weight, dtype):
             weight, module.scales = pack(weight, module.scales)
         setattr(module, leaf, nn.Parameter(weight, requires_grad=False))

@@ -36,8 +36,8 @@ from llama.checkpoint import (
     stored_shapes,
 )
 from llama.errors import CheckpointError, ParameterError
+from llama.kernels import quantized
 from llama.memory import gigabytes
-from llama.quantization import QUANTIZE
 from llama.weight_format import FORMATS, check_format, check_groups, format_of
 
 MOST_SHARDS = 100  # consolidated.00.pth … consolidated.99.pth
@@ -114,7 +114,7 @@ def quantize(folder: Path, out: Path, name: str, *, progress: bool = True) -> li
 
     @lru_cache(maxsize=1)  # a matrix's scales are asked for right after its integers
     def matrix(number: int, weight: str) -> tuple[Tensor, Tensor]:
-        return QUANTIZE[format_of(weight, name)](shards[number][weight])
+        return quantized.quantize(shards[number][weight], format_of(weight, name))
 
     def contents(number: int, stored: str) -> Tensor:
         if format_of(stored, name) is None:

@@ -52,17 +52,18 @@ def _by_rows(weight: Tensor, quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
 def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     groups = weight.float().unflatten(1, (-1, FORMATS["int8"].group))
     scales = _as_stored(groups.abs().amax(-1) / 127)
-    q = (groups / scales.float()[..., None]).round_().clamp_(-127, 127)
+    q = (groups * scales.float().reciprocal()[..., None]).round_().clamp_(-127, 127)
     return q.to(torch.int8).flatten(1), scales
 
 
 def _int4_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     groups = weight.float().unflatten(1, (-1, FORMATS["int4"].group))
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
+    high, low = groups.amax(-1), groups.amin(-1)
+    largest = torch.where(-low > high, low, high)
     best, chosen = None, None
     for stretch in STRETCHES:
         scales = _as_stored(largest * (-stretch / 8))
-        q = (groups / scales.float()[..., None]).round_().clamp_(-8, 7)
+        q = (groups * scales.float().reciprocal()[..., None]).round_().clamp_(-8, 7)
         error = (q * scales.float()[..., None] - groups).square_().sum(-1)
         if best is None:
             best, chosen, integers = error, scales, q
@@ -76,6 +77,6 @@ def _int4_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as_stored(scales: Tensor) -> Tensor:
-    """Scales in float16; never 0, nor beyond what float16 holds."""
+    """Scales in float16; never 0, nor beyond what float16 holds; NaN where a weight was not finite."""
     small = scales.abs() < SMALLEST
-    return torch.where(small, SMALLEST, scales).clamp_(-65504, 65504).half()
+    return (torch.where(small, SMALLEST, scales).clamp_(-65504, 65504) + scales * 0).half()

@@ -181,6 +181,39 @@ def test_dequantised_weights_are_those_of_plain_arithmetic(variant: str, name: s
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("exponent", [-40, -24, -16, 0, 16, 60])
+def test_quantised_weights_are_those_of_plain_arithmetic(
+    variant: str, name: str, dtype: torch.dtype, exponent: int
+) -> None:
+    """Of every size, those that scales cannot reach too. Where scales of int4 err alike, roundings choose."""
+    weight = (torch.randn(37, 4096) * 2.0**exponent).to(dtype)
+    weight[3] = 0
+    (q, scales), (expected, expected_scales) = quantized.quantize(weight, name), QUANTIZE[name](weight)
+    assert (q.dtype, q.shape, scales.dtype, scales.shape) == (
+        expected.dtype, expected.shape, torch.float16, expected_scales.shape,
+    )  # fmt: skip
+    same = (scales == expected_scales).repeat_interleave(q.shape[1] // scales.shape[1], dim=1)
+    assert same.float().mean() > 0.99
+    assert (q[same].int() - expected[same].int()).count_nonzero() <= 1e-4 * q.numel()
+    found, plain = (DEQUANTIZE[name](*pair) - weight.float() for pair in ((q, scales), (expected, expected_scales)))
+    assert found.double().norm() <= plain.double().norm() * 1.00001
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_not_hidden(name: str, bad: float) -> None:
+    """Its scale is NaN, and those of the other runs are not, in the kernels as in plain arithmetic."""
+    weight = torch.randn(3, 96)
+    weight[1, 40] = bad
+    expected = torch.zeros(3, 3, dtype=torch.bool)
+    expected[1, 1] = True
+    for quantize in (QUANTIZE[name], lambda weight: quantized.quantize(weight, name)):
+        assert quantize(weight)[1].isnan().equal(expected)
+
+
+@needs_kernels
 def test_there_is_one_pool_of_threads() -> None:
     """PyTorch's OpenMP runs the kernels too: no second one is loaded."""
     code = (

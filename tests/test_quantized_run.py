@@ -20,7 +20,6 @@ from llama import Llama, checkpoint
 from llama.checkpoint_info import describe
 from llama.checkpoint_writer import quantize, reshard
 from llama.errors import CheckpointError, ParameterError
-from llama.quantization import QUANTIZE
 from llama.weight_format import FORMATS
 
 PROMPTS = ["Once upon a time there was a small fox named Tom.", "Ben wanted a red kite.", "One morning Mia went"]
@@ -124,14 +123,14 @@ def test_what_cannot_be_had_is_refused(tmp_path: Path, build: Callable[..., Llam
 def test_matrices_are_quantised_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the next one is read, the one before is gone: the peak is the quantised model and one matrix."""
     seen: list[weakref.ref[torch.Tensor]] = []
-    quantizer = QUANTIZE["int8"]
+    quantizer = checkpoint.quantize
 
-    def watched(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched(weight: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
         gc.collect()
         assert not any(reference() is not None for reference in seen)
         seen.append(weakref.ref(weight))
-        return quantizer(weight)
+        return quantizer(weight, form)
 
-    monkeypatch.setitem(checkpoint.QUANTIZE, "int8", watched)
+    monkeypatch.setattr(checkpoint, "quantize", watched)
     demo(quantize="int8")
     assert len(seen) == 17

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama.kernels.library import DTYPES, usable, variant
-from llama.kernels.quantized import FORMATS, is_packed
+from llama.kernels.quantized import NUMBERS, is_packed
 from llama.kernels.small import MOST_HEAD_DIM
 
 MOST_ROWS = 16  # of a step: for more, calls weigh little
@@ -45,8 +45,8 @@ class DecodeStep:
         self._shape = Shape(
             dim=args.dim, hidden=args.hidden_dim, vocab=args.vocab_size, n_heads=args.n_heads,
             n_kv_heads=args.kv_heads, head_dim=args.head_dim, max_seq_len=cache.max_seq_len, slots=cache.slots,
-            eps=args.norm_eps, dtype=DTYPES[model.dtype], format=FORMATS[wo.weight.dtype],
-            output_format=FORMATS[model.output.weight.dtype], variant=variant(),
+            eps=args.norm_eps, dtype=DTYPES[model.dtype], format=NUMBERS[wo.weight.dtype],
+            output_format=NUMBERS[model.output.weight.dtype], variant=variant(),
         )  # fmt: skip
 
     def of(self, rope: Tensor, cache: Any) -> bool:

@@ -14,6 +14,7 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 _ARGUMENTS = {
     "llama_workspace": [_LONG] * 2 + [_INT] * 4,
     "llama_most_rows": [_INT] * 2,
+    "llama_quantize": [_POINTER] * 3 + [_LONG] + [_INT] * 4,
     "llama_pack": [_POINTER] * 2 + [_LONG] * 3 + [_INT],
     "llama_product": [_POINTER] * 5 + [_LONG] * 3 + [_INT] * 4,
     "llama_dequantize": [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 4,

@@ -1,4 +1,4 @@
-"""Products with quantised and packed weights: our kernels on a CPU, PyTorch's product on dequantised blocks elsewhere.
+"""Quantising, and products with quantised and packed weights: our kernels on a CPU, PyTorch's operators elsewhere.
 
 Our kernels read packed weights, 16 rows side by side (see kernels/quantized.c); without them weights stay as stored.
 """
@@ -8,11 +8,28 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from llama.kernels.library import DTYPES, VARIANTS, load, usable, variant
-from llama.quantization import dequantize_int4, dequantize_int8
+from llama.quantization import QUANTIZE, dequantize_int4, dequantize_int8
+from llama.weight_format import FORMATS
 
 LANES, RUN = 16, 32  # rows of a block; inputs of a run
 BLOCK = 1 << 22  # weights dequantised at once, 8 MB in bfloat16: fewer take longer, and more leave the cache
-FORMATS = {torch.int8: 0, torch.uint8: 1, torch.bfloat16: 2}  # of weights: kernels.h's INT8, INT4, PLAIN
+NUMBERS = {torch.int8: 0, torch.uint8: 1, torch.bfloat16: 2}  # of weights: kernels.h's INT8, INT4, PLAIN
+
+
+def quantize(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """Weights (R, C) → integers and scales as they are stored; see quantization.py for what each format is."""
+    library = usable(weight)
+    if library is None:
+        return QUANTIZE[form](weight)
+    weight = weight.contiguous()
+    shape, scales_shape = FORMATS[form].shapes(*weight.shape)
+    q = torch.empty(shape, dtype=getattr(torch, FORMATS[form].dtype))
+    scales = torch.empty(scales_shape, dtype=torch.float16)
+    library.llama_quantize(
+        weight.data_ptr(), q.data_ptr(), scales.data_ptr(), scales.numel(), DTYPES[weight.dtype], NUMBERS[q.dtype],
+        variant(), torch.get_num_threads(),
+    )  # fmt: skip
+    return q, scales
 
 
 def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -23,7 +40,7 @@ def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
     if usable(torch.empty(0, dtype=dtype, device=weight.device)) is None:
         return False
     if weight.dtype != torch.bfloat16:
-        return weight.dtype in FORMATS
+        return weight.dtype in NUMBERS
     return dtype == torch.bfloat16 and VARIANTS[variant()] == "amx" and weight.shape[1] % RUN == 0
 
 
@@ -59,7 +76,7 @@ def packed_product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: in
         return _by_blocks(x, weight, scales, outputs)
     x = x.contiguous()
     y = torch.empty((n, outputs), dtype=x.dtype)
-    dtype, form, threads = DTYPES[x.dtype], FORMATS[weight.dtype], torch.get_num_threads()
+    dtype, form, threads = DTYPES[x.dtype], NUMBERS[weight.dtype], torch.get_num_threads()
     workspace = torch.empty(library.llama_workspace(n, inputs, dtype, form, variant(), threads), dtype=torch.uint8)
     library.llama_product(
         x.data_ptr(), weight.data_ptr(), 0 if scales is None else scales.data_ptr(), y.data_ptr(), workspace.data_ptr(),
@@ -88,6 +105,6 @@ def dequantize(q: Tensor, scales: Tensor, rows: int, dtype: torch.dtype) -> Tens
     assert library is not None  # packed weights are for our kernels
     library.llama_dequantize(
         q.data_ptr(), scales.data_ptr(), weights.data_ptr(), weights.shape[1], rows, DTYPES[dtype],
-        FORMATS[q.dtype], variant(), torch.get_num_threads(),
+        NUMBERS[q.dtype], variant(), torch.get_num_threads(),
     )  # fmt: skip
     return weights
