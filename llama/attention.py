@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from llama.kernels.library import usable
+from llama.flash_attention import Packed, can_run, flash_attention, pack
+from llama.kernels.library import gpu_kernels, load_gpu, usable
 from llama.kernels.small import MOST_HEAD_DIM, attend
 from llama.kv_cache import KVCache
 from llama.step import Span, Step
@@ -31,25 +32,44 @@ class Singles:
 
 
 @dataclass(frozen=True, slots=True)
+class OnDevice:
+    """Single queries for our kernel on CUDA: where each is, which only the device needs to know."""
+
+    slots: Tensor  # (n,) int64
+    positions: Tensor  # (n,) int64
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """How a step's spans are computed: the same in every layer, so made once a step."""
 
     spans: list[SpanMask]
-    singles: Singles | None
+    singles: Singles | None = None
+    packed: Packed | None = None  # all spans, for the flash kernel
+    decode: OnDevice | None = None  # all spans, of one token each
 
 
 def plan(step: Step, cache: KVCache) -> AttentionPlan:
-    """On a CPU single queries go to our kernel together, in one call; elsewhere each span is one of SDPA.
+    """Single queries go to our kernels, in one call; on CUDA prompts go to the flash kernel. Else SDPA takes a span.
 
     Only a chunk that continues a prompt needs a mask: SDPA's own causal mask assumes that the first query is at
     position 0, and a single query sees all that its slot holds.
     """
+    if step.decodes and on_device(cache):
+        return AttentionPlan([], decode=OnDevice(step.slots, step.positions))
+    if can_run(cache.keys[0]):
+        return AttentionPlan([], packed=pack(step, cache))
     together = usable(cache.keys[0]) is not None and cache.keys[0].shape[-1] <= MOST_HEAD_DIM
     single = [span for span in step.spans if span.n == 1] if together else []
     rest = [span for span in step.spans if span.n > 1 or not together]
     return AttentionPlan(
         [SpanMask(span, _chunk_mask(span, step.tokens.device)) for span in rest], _singles(single, cache)
     )
+
+
+def on_device(cache: KVCache) -> bool:
+    """Whether our kernel for CUDA can read the cache."""
+    return gpu_kernels(torch.empty(0, dtype=cache.dtype, device=cache.keys[0].device)) is not None
 
 
 def _singles(spans: list[Span], cache: KVCache) -> Singles | None:
@@ -72,6 +92,10 @@ def attention(q: Tensor, cache: KVCache, layer: int, plan: AttentionPlan) -> Ten
     The H / K query heads that share a kv head never get copies of it: a single query's heads become query
     positions of that head; a longer span sees it through a view of stride 0.
     """
+    if plan.decode:
+        return load_gpu().attend(q, cache.keys[layer], cache.values[layer], plan.decode.slots, plan.decode.positions)
+    if plan.packed:
+        return flash_attention(q, cache.keys[layer], cache.values[layer], plan.packed)
     q = q.contiguous()
     out = torch.empty_like(q)
     if plan.singles:

@@ -18,8 +18,8 @@ def compile_layers(model: Transformer) -> None:
     _register()
     model.compiled = True
     for layer in model.layers:
-        layer.before = torch.compile(layer.before, dynamic=True)
-        layer.after = torch.compile(layer.after, dynamic=True)
+        layer.before = torch.compile(layer.before, dynamic=True, fullgraph=True)
+        layer.after = torch.compile(layer.after, dynamic=True, fullgraph=True)
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -43,7 +43,7 @@ def _register() -> None:
         return
     schema = "(Tensor x, Tensor weight, Tensor? scales, SymInt outputs) -> Tensor"
     torch.library.define("llama::packed_product", schema)
-    torch.library.impl("llama::packed_product", "cpu")(packed_product)
+    torch.library.impl("llama::packed_product", ("cpu", "cuda"))(packed_product)
 
     @torch.library.register_fake("llama::packed_product")
     def shape_of(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> Tensor:

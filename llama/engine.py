@@ -3,11 +3,13 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llama.beam_search import beam_search
+from llama.decode_loop import DecodeLoop, Flight, Row, can_loop
 from llama.errors import LlamaError, NumericalError, ParameterError, PromptError
 from llama.kernels.small import choose
 from llama.model import Transformer
@@ -19,11 +21,22 @@ from llama.step import Step
 Observer = Callable[[Request], None]  # called after each token of a request, and when it ends
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A decode step that was launched and not read yet, and whose it is."""
+
+    sequences: list[Sequence]
+    flight: Flight
+
+
 class Engine:
     """Runs any number of requests through `slots` slots of one KV cache, each step packing what can run.
 
     A step has at most `max_step_tokens` tokens: long prompts are prefilled in chunks of what decoding leaves of it.
     Beam searches run one at a time, when nothing else does: each has all the slots.
+
+    Where there is a `loop` (on CUDA), steps in which all that runs decodes are launched before the one before them is
+    read. What is then computed for a sequence that has just ended is dropped.
     """
 
     def __init__(self, model: Transformer, slots: int, max_seq_len: int, max_step_tokens: int) -> None:
@@ -31,6 +44,8 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.scheduler = Scheduler(slots, max(max_step_tokens, slots))
         self.cache = model.new_cache(slots, max_seq_len)
+        self.loop = DecodeLoop(model, self.cache) if can_loop(model, self.cache) else None
+        self._ahead: Ahead | None = None
         self.computed_tokens = 0  # by all steps so far; tokens that came from a shared prefix are not in it
         self._sequences: dict[Request, Sequence] = {}
         self._searches: deque[Request] = deque()  # beam searches; the first may be running
@@ -101,6 +116,7 @@ class Engine:
     def forget(self) -> None:
         """Forget the prefixes that the slots hold: what runs next is computed as in a new engine."""
         assert self.idle
+        self._ahead = None
         self.scheduler = Scheduler(self.scheduler.slots, self.scheduler.max_step_tokens)
 
     def __iter__(self) -> Iterator[Completion]:
@@ -112,6 +128,8 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Compute one packed step; return the requests that got a token or ended."""
+        if self._ahead:
+            return self._land()
         chunks = self.scheduler.plan()
         copies = self.scheduler.copies
         while copies:
@@ -119,6 +137,10 @@ class Engine:
             copies.popleft()
         if not chunks:
             return self._step_search() if self._searches else []
+        if self.loop and len(chunks) == len(self.scheduler.running) and all(map(_decides_on_device, chunks)):
+            self.loop.load([_row(chunk) for chunk in chunks])
+            self._ahead = self._launch([chunk.sequence for chunk in chunks], 0)
+            return self._land()
         wanted = [_wanted_rows(chunk) for chunk in chunks]
         logits = self.model(_pack(chunks, wanted, self.model.device), self.cache)
         self.scheduler.commit(chunks)
@@ -128,6 +150,42 @@ class Engine:
         except BaseException:  # Ctrl-C, say: the requests may go on
             self.scheduler.rewind(chunks)
             raise
+
+    def _launch(self, sequences: list[Sequence], unread: int) -> Ahead:
+        """Launch a decode step, while the host lacks the last `unread` tokens of each sequence."""
+        noise = [
+            uniform(self._noise[s.request], len(s.tokens) + unread) if s.request.params.temperature else 0.0
+            for s in sequences
+        ]
+        return Ahead(sequences, self.loop.launch(noise))
+
+    def _land(self) -> list[Request]:
+        """Launch the next step, if it is of the same sequences too; then read the last one and hand its tokens out."""
+        landing, self._ahead = self._ahead, None
+        if all(map(self._goes_on, landing.sequences)) and not (self.scheduler.waiting and self.scheduler.free):
+            self._ahead = self._launch(landing.sequences, 1)
+        tokens = landing.flight.tokens()
+        there = [(s, token) for s, token in zip(landing.sequences, tokens, strict=True) if s.request in self._sequences]
+        chunks = [Chunk(sequence, sequence.cached, sequence.cached + 1) for sequence, _ in there]
+        self.scheduler.commit(chunks)
+        self.computed_tokens += len(chunks)
+        try:
+            for sequence, token in there:
+                if token < 0:
+                    self._fail(sequence)
+                else:
+                    self._give_token(sequence, token)
+        except BaseException:  # Ctrl-C, say: the requests may go on
+            self._ahead = None
+            self.scheduler.rewind(chunks)
+            raise
+        return [sequence.request for sequence, _ in there]
+
+    def _goes_on(self, sequence: Sequence) -> bool:
+        """Whether a sequence may need a token after the one that is on its way."""
+        request = sequence.request
+        ends = request.params.max_gen_len == len(request.tokens) + 1 or len(sequence.tokens) + 1 == self.max_seq_len
+        return request in self._sequences and not ends
 
     def _step_search(self) -> list[Request]:
         """One pass of the first beam search; it ends with the last."""
@@ -156,8 +214,7 @@ class Engine:
             first = own.stop
             request = chunk.sequence.request
             if not all(finite[row] for row in own):
-                chunk.sequence.cached = 0  # what its slot holds may be damaged: nobody starts from it
-                self.finish(request, "error", NumericalError(_not_finite(request)))
+                self._fail(chunk.sequence)
                 progressed.append(request)
                 continue
             if request.prompt_logprobs:
@@ -180,23 +237,47 @@ class Engine:
         requests = [sequence.request for sequence in sequences]
         chosen = _choose(requests, [self._noise[request] for request in requests], logits, best)
         for row, (sequence, token) in enumerate(zip(sequences, chosen, strict=True)):
-            request = sequence.request
-            if request.first_token is None:
-                request.first_token = time.perf_counter()
-            if token in request.stop_tokens:
-                self.finish(request, "stop")
-                continue
-            sequence.tokens.append(token)
-            request.tokens.append(token)
-            if request.params.logprobs or request.params.top_logprobs:
-                logprobs = torch.log_softmax(logits[row], dim=-1)
-                request.logprobs.append(logprobs[token].item())
-                if request.params.top_logprobs:
-                    request.top_logprobs += top_logprobs(logprobs[None], request.params.top_logprobs)
-            if len(request.tokens) == request.params.max_gen_len or len(sequence.tokens) == self.max_seq_len:
-                self.finish(request, "length")
-            elif observer := self._observers.get(request):
-                observer(request)
+            self._give_token(sequence, token, logits[row])
+
+    def _give_token(self, sequence: Sequence, token: int, logits: Tensor | None = None) -> None:
+        """Hand a sequence its next token, chosen from logits (V,), which only requests for log-probabilities need."""
+        request = sequence.request
+        if request.first_token is None:
+            request.first_token = time.perf_counter()
+        if token in request.stop_tokens:
+            self.finish(request, "stop")
+            return
+        sequence.tokens.append(token)
+        request.tokens.append(token)
+        if request.params.logprobs or request.params.top_logprobs:
+            logprobs = torch.log_softmax(logits, dim=-1)
+            request.logprobs.append(logprobs[token].item())
+            if request.params.top_logprobs:
+                request.top_logprobs += top_logprobs(logprobs[None], request.params.top_logprobs)
+        if len(request.tokens) == request.params.max_gen_len or len(sequence.tokens) == self.max_seq_len:
+            self.finish(request, "length")
+        elif observer := self._observers.get(request):
+            observer(request)
+
+    def _fail(self, sequence: Sequence) -> None:
+        """End a sequence whose logits are not finite."""
+        sequence.cached = 0  # what its slot holds may be damaged: nobody starts from it
+        self.finish(sequence.request, "error", NumericalError(_not_finite(sequence.request)))
+
+
+def _decides_on_device(chunk: Chunk) -> bool:
+    """Whether all that is wanted of a chunk is the token after its only one, of the logits as they are."""
+    request, params = chunk.sequence.request, chunk.sequence.request.params
+    one = chunk.reaches_end and chunk.stop - chunk.start == 1
+    more = request.prompt_logprobs or params.logprobs or params.top_logprobs or params.max_gen_len == 0
+    return one and params.plain and not more
+
+
+def _row(chunk: Chunk) -> Row:
+    sequence, params = chunk.sequence, chunk.sequence.request.params
+    return Row(
+        sequence.tokens[-1], sequence.slot, chunk.start, params.temperature, params.top_p, params.top_k, params.min_p
+    )
 
 
 def _wanted_rows(chunk: Chunk) -> range:

@@ -20,6 +20,7 @@ MODEL = {
     "device": Flag(str | None, None, "cuda, mps or cpu; the first of these that is there if left out."),
     "dtype": Flag(str | None, None, "bfloat16, float16 or float32; the checkpoint's if the device is fast in it."),
     "quantize": Flag(str | None, None, "hold the matrices in int8 or int4; as they are stored if left out."),
+    "kv_dtype": Flag(str | None, None, "hold the KV cache in fp8, in half the memory; as the weights if left out."),
     "threads": Flag(
         int | None, None, "how many threads a process uses on a CPU; as many as there are cores if left out."
     ),

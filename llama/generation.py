@@ -17,6 +17,7 @@ from llama.checklist import verify as verify_checklist
 from llama.engine import Engine
 from llama.errors import CheckpointError, LlamaError, ParameterError, PromptError, TokenizerError
 from llama.kernels.library import why_not
+from llama.kv_cache import check_kv_dtype
 from llama.model import Transformer
 from llama.output import ChatPrediction, CompletionPrediction, Output, Score, refused
 from llama.params_file import read_params
@@ -65,6 +66,7 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         quantize: str | None = None,
+        kv_dtype: str | None = None,
         threads: int | None = None,
         compile: bool = False,
         verify: bool = False,
@@ -74,7 +76,8 @@ class Llama:
 
         `max_seq_len` is the most tokens of one sequence, prompt and completion; `max_batch_size` how many sequences
         are held at once (more may be asked for). `seed` None takes fresh entropy. `quantize` "int8" or "int4" holds the
-        matrices in so many bits. `threads` is how many this process uses on a CPU (None: `parallel.default_threads`).
+        matrices in so many bits, `kv_dtype` "fp8" the KV cache in 8. `threads` is how many this process uses on a CPU
+        (None: `parallel.default_threads`).
         `compile` runs the layers through torch.compile, which takes its time at the first steps. Raises a subclass of
         LlamaError.
         """
@@ -88,6 +91,7 @@ class Llama:
         _check_seed(seed)
         check_format(quantize)
         place, wanted_dtype = parallel.choose_device(device), parallel.parse_dtype(dtype)
+        check_kv_dtype(kv_dtype, place)
         if threads is not None or place.type == "cpu":
             torch.set_num_threads(threads or parallel.default_threads())
         parallel.initialize(place, model_parallel_size)
@@ -99,7 +103,7 @@ class Llama:
         tokenizer = Tokenizer(tokenizer_path)
         shards = checkpoint.open_shards(folder)
         args.vocab_size = _check_vocabulary(args.vocab_size, checkpoint.vocabulary(shards, folder), tokenizer)
-        args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
+        args.max_seq_len, args.max_batch_size, args.kv_dtype = max_seq_len, max_batch_size, kv_dtype
         step_tokens = max_step_tokens or memory.step_tokens(place)
         model = checkpoint.load(folder, shards, args, place, wanted_dtype, step_tokens, quantize)
         if compile:
@@ -108,7 +112,7 @@ class Llama:
             compile_layers(model)
         llama = Llama(model, tokenizer, seed=seed, max_step_tokens=step_tokens)
         llama.ckpt_dir = folder
-        if args.quantize and place.type == "cpu" and (reason := why_not()):
+        if (args.quantize or place.type == "cuda") and (reason := why_not(place)):
             parallel.say(f"llama: {reason}")
         if ignored:
             parallel.say(f"llama: ignored in params.json: {', '.join(ignored)}")
@@ -137,8 +141,9 @@ class Llama:
         split = f"split over {mp} processes" if mp > 1 else "1 process"
         replicas = f" × {world // mp} replicas" if world > mp else ""
         bits = f"{model.params.quantize} weights, " if model.params.quantize else ""
+        cache = f", cache in {model.params.kv_dtype}" if model.params.kv_dtype else ""
         return (
-            f"{bits}{str(model.dtype).removeprefix('torch.')} on {model.device}, {split}{replicas},"
+            f"{bits}{str(model.dtype).removeprefix('torch.')}{cache} on {model.device}, {split}{replicas},"
             f" max_seq_len={model.params.max_seq_len}, max_batch_size={model.params.max_batch_size}, seed={self.seed}"
         )
 

@@ -48,7 +48,7 @@ def need(args: ModelArgs, dtype: torch.dtype, mp: int, max_step_tokens: int) -> 
     table = args.vocab_size * args.dim
     held = _bytes(matrices, args.quantize, dtype) + _bytes(table, args.quantize and "int8", dtype)
     weights = held // mp + (table // mp + (2 * args.n_layers + 1) * args.dim) * dtype.itemsize
-    cache = 2 * args.n_layers * (args.kv_heads // mp) * args.head_dim * dtype.itemsize
+    cache = 2 * args.n_layers * (args.kv_heads // mp) * args.head_dim * (1 if args.kv_dtype else dtype.itemsize)
     activations = max_step_tokens * (8 * args.dim + 3 * args.hidden_dim // mp) * 4
     logits = 3 * max_step_tokens * args.vocab_size * 4
     return Need(weights, cache, activations + logits)

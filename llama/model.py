@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llama.attention import AttentionPlan, attention, plan
 from llama.kernels.layers import DecodeStep, can_run
-from llama.kernels.small import gate, rms_norm, turn_and_store
+from llama.kernels.small import add_norm, gate, turn_and_store
 from llama.kv_cache import KVCache
 from llama.linear import column_parallel, parallel_embedding, row_parallel
 from llama.parallel import model_parallel_size
@@ -35,6 +35,7 @@ class ModelArgs:
     quantize: str | None = None  # how the matrices are stored and held; see weight_format
     max_batch_size: int = 32
     max_seq_len: int = 2048
+    kv_dtype: str | None = None  # of the cache; None: as the weights
 
     @property
     def head_dim(self) -> int:
@@ -61,8 +62,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim, device="meta"), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + more (N, dim), or x where that is None; and that, normed."""
+        return add_norm(x, more, self.weight, self.eps)
 
 
 def rope_table(head_dim: int, positions: int, theta: float, device: torch.device) -> Tensor:
@@ -112,19 +114,23 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, inputs: "LayerInputs") -> Tensor:
+    def forward(self, x: Tensor, more: Tensor | None, inputs: "LayerInputs") -> tuple[Tensor, Tensor]:
+        """The layer's input x + more (N, dim) → its output, as such a sum too: the next norm adds the two."""
         cache, layer = inputs.cache, self.attention.layer
-        q = self.before(x, inputs.turns, cache.keys[layer], cache.values[layer], inputs.rows)
+        x, q = self.before(x, more, inputs.turns, cache.keys[layer], cache.values[layer], inputs.rows)
         return self.after(x, attention(q, cache, layer, inputs.plan))
 
-    def before(self, x: Tensor, turns: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-        """What comes before attention: x (N, dim) → queries (N, H, D); see `Attention.queries`."""
-        return self.attention.queries(self.attention_norm(x), turns, keys, values, rows)
+    def before(
+        self, x: Tensor, more: Tensor | None, turns: Tensor, keys: Tensor, values: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What comes before attention: x + more (N, dim), and its queries (N, H, D); see `Attention.queries`."""
+        x, normed = self.attention_norm(x, more)
+        return x, self.attention.queries(normed, turns, keys, values, rows)
 
-    def after(self, x: Tensor, attended: Tensor) -> Tensor:
-        """What comes after it: x (N, dim) and the heads' sums (N, H, D) → the layer's output (N, dim)."""
-        x = x + self.attention.wo(attended.flatten(1))
-        return x + self.feed_forward(self.ffn_norm(x))
+    def after(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes after it: x (N, dim) and the heads' sums (N, H, D) → the layer's output, as a sum."""
+        x, normed = self.ffn_norm(x, self.attention.wo(attended.flatten(1)))
+        return x, self.feed_forward(normed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +166,12 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype
 
     def new_cache(self, slots: int, max_seq_len: int) -> KVCache:
-        """An empty cache for this rank's kv heads, in the dtype of the weights."""
+        """An empty cache for this rank's kv heads."""
         args = self.params
         kv_heads = args.kv_heads // model_parallel_size()
-        return KVCache(args.n_layers, kv_heads, slots, max_seq_len, args.head_dim, self.dtype, self.device)
+        return KVCache(
+            args.n_layers, kv_heads, slots, max_seq_len, args.head_dim, self.dtype, self.device, args.kv_dtype == "fp8"
+        )
 
     @torch.inference_mode()
     def forward(self, step: Step, cache: KVCache) -> Tensor:
@@ -176,9 +184,12 @@ class Transformer(nn.Module):
         turns = self.rope[step.positions][:, None]
         inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), turns, plan(step, cache))
         x = self.tok_embeddings(step.tokens)
+        more = torch.zeros_like(x) if self.compiled else None  # so that the first layer needs no graph of its own
         for layer in self.layers:
-            x = layer(x, inputs)
-        return self.output(self.norm(x[step.logit_rows])).float()
+            x, more = layer(x, more, inputs)
+        if not step.decodes:
+            x, more = x[step.logit_rows], more[step.logit_rows]
+        return self.output(self.norm(x, more)[1]).float()
 
     def _decode(self, step: Step, cache: KVCache) -> Tensor:
         """A small decode step on a CPU, all of it in one call."""

@@ -85,6 +85,8 @@ def initialize(device: torch.device, size: int | None) -> None:
     Groups made before are used again. Raises ParameterError where `size` does not divide the number of
     processes, or differs from the size in use in this process.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where kernels and collectives of this process go
     if not dist.is_initialized():
         _join_process_group(device)
     world = dist.get_world_size()

@@ -14,8 +14,8 @@ _POSITIVE_NUMBERS = ("norm_eps", "rope_theta", "ffn_dim_multiplier")
 _OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier")
 # Keys that say something about the files or the run, never about the mathematics.
 HARMLESS = {
-    "max_seq_len", "max_batch_size", "model_parallel_size", "name", "model_name", "description", "version", "license",
-    "_comment", "comment", "dtype", "torch_dtype",
+    "max_seq_len", "max_batch_size", "kv_dtype", "model_parallel_size", "name", "model_name", "description", "version",
+    "license", "_comment", "comment", "dtype", "torch_dtype",
 }  # fmt: skip
 
 

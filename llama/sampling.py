@@ -34,6 +34,8 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, mi
     Temperature 0 takes the largest logit. The filters are those of `SamplingParams`, ties going to the lower
     token; of the kept tokens, in the order of their ids, the one is taken in which noise · kept mass falls.
     """
+    if logits.device.type == "cuda":
+        return sample_all(logits, temperature, top_p, top_k, min_p, noise)
     tokens = logits.argmax(-1)
     drawn = (temperature > 0).nonzero().flatten()
     if len(drawn) == 0:
@@ -45,6 +47,16 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, mi
     return tokens
 
 
+def sample_all(
+    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, noise: Tensor
+) -> Tensor:
+    """The same, with every row sorted: the host never waits for the device, so a CUDA graph may hold it."""
+    drawn = temperature > 0
+    spread = logits - logits.amax(-1, keepdim=True)
+    probs = torch.softmax(spread / torch.where(drawn, temperature, 1.0)[:, None], dim=-1)
+    return torch.where(drawn, _draw_sorted(probs, _Filters(top_p, top_k, min_p, noise)), logits.argmax(-1))
+
+
 @dataclass(frozen=True, slots=True)
 class _Filters:
     """The filters and the noise of R rows, each (R,)."""
@@ -53,6 +65,11 @@ class _Filters:
     top_k: Tensor
     min_p: Tensor
     noise: Tensor
+
+    @property
+    def open(self) -> Tensor:
+        """Which rows keep every token."""
+        return (self.top_p == 1) & (self.top_k == 0) & (self.min_p == 0)
 
     def of(self, rows: Tensor) -> "_Filters":
         return _Filters(self.top_p[rows], self.top_k[rows], self.min_p[rows], self.noise[rows])
@@ -65,7 +82,7 @@ def _draw(probs: Tensor, filters: _Filters) -> Tensor:
     tokens. Everything else is a full sort. Which way a row goes depends on that row alone.
     """
     tokens = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
-    open_rows = (filters.top_p == 1) & (filters.top_k == 0) & (filters.min_p == 0)
+    open_rows = filters.open
     few = torch.zeros_like(open_rows)
     if probs.device.type == "cpu" and probs.shape[1] > CANDIDATES:
         few = ~open_rows & _candidates_suffice(probs, filters)
@@ -101,6 +118,7 @@ def _draw_sorted(probs: Tensor, filters: _Filters) -> Tensor:
     mass = torch.where(limited, cumulative[:, -1], 1.0)
     kept &= cumulative - best <= (filters.top_p * mass)[:, None]
     kept &= best >= filters.min_p[:, None] * best[:, :1]
+    kept |= filters.open[:, None]  # to the last token, however the sum is rounded
     return _draw_open(probs * torch.empty_like(kept).scatter_(1, order, kept), filters)
 
 

@@ -18,11 +18,21 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "llama" / "demo"
 for name in ("LLAMA_CKPT_DIR", "LLAMA_TOKENIZER_PATH"):  # or a command that names no checkpoint would not mean the demo
     os.environ.pop(name, None)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported by anyone
 
 from checkpoints import SMALL, random_weights, save  # noqa: E402
 
 from llama import Llama  # noqa: E402
 from llama.tokenizer import Tokenizer  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from llama.quantization import QUANTIZE, dequantize_int4, dequantize_int8
 DEQUANTIZE = {"int8": dequantize_int8, "int4": dequantize_int4}
 BEST = library.VARIANTS[library.load()[0].llama_variant()] if library.load()[0] else None
 VARIANTS = library.VARIANTS[: library.VARIANTS.index(BEST) + 1] if BEST else ()
-needs_kernels = pytest.mark.skipif(not library.load()[0], reason=f"{library.why_not()}")
+needs_kernels = pytest.mark.skipif(not library.load()[0], reason=f"{library.why_not(torch.device('cpu'))}")
 # int8 activations with a scale for each 32 numbers: half a step of 127, and bfloat16's 8 bits.
 TOLERANCE = {torch.float32: 0.012, torch.bfloat16: 0.012}
 
@@ -239,7 +239,10 @@ def test_without_the_kernels_pytorch_computes_the_same(monkeypatch: pytest.Monke
         x = torch.randn(n, 96)
         y = quantized.packed_product(x, q, scales, 50)
         assert error(y, reference(x, q, scales, name)) < 1e-5
-    assert library.why_not() == "no compiled kernels (no compiler): PyTorch's operators are used, which are slower"
+    assert (
+        library.why_not(torch.device("cpu"))
+        == "no compiled kernels (no compiler): PyTorch's operators are used, which are slower"
+    )
 
 
 def test_the_variant_can_be_chosen() -> None:

@@ -11,7 +11,7 @@ from llama import Llama, SamplingParams, model
 from llama.kernels import layers, library
 
 LIBRARY = library.load()[0]
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason=f"{library.why_not()}")
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason=f"{library.why_not(torch.device('cpu'))}")
 PARAMS = {"dim": 256, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 1024, "multiple_of": 64,
           "norm_eps": 1e-5}  # fmt: skip
 PROMPTS = [[1, 5, 9, 200, 17], [1, 7], [1, 33, 301, 44, 80, 80, 12, 9, 5]]

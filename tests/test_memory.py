@@ -1,6 +1,7 @@
 """What a run needs is counted right, and what an error says fits does fit."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def test_weights_and_cache_are_counted_to_the_byte(dtype: torch.dtype) -> None:
     assert half.weights == ((parameters - norms) // 2 + norms) * dtype.itemsize
     assert half.cache_per_token == counted.cache_per_token // 2
     assert counted.workspace > 3 * 128 * 500 * 4
+    narrow = need(replace(ARGS, kv_dtype="fp8"), dtype, 1, 128)
+    assert narrow.cache_per_token == 2 * 3 * 4 * 8 and narrow.weights == counted.weights
 
 
 def test_sizes_in_the_message_fit_and_one_more_does_not() -> None:

@@ -64,6 +64,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, small: dict, weights: dict) ->
     folders = {n: save(out / f"shards{n}", small, weights, n) for n in (1, 2, 4)}
     builds = {f"{n} shards": options(folder) for n, folder in folders.items()}
     builds["bfloat16"] = options(folders[2], dtype="bfloat16")
+    builds["decode loop"] = options(folders[2], loop=True)
     builds["fresh seed"] = options(folders[1], seed=None)
     return run_worker(2, out, builds)
 
@@ -84,6 +85,13 @@ def test_two_processes_say_what_one_says(two: tuple, alone: dict[str, Any], shar
         assert_same_as_alone(rank[f"{shards} shards"], alone)
 
 
+def test_two_processes_run_ahead_of_their_hosts_alike(two: tuple, alone: dict[str, Any]) -> None:
+    """With decode steps that are launched before the last one is read, as on CUDA: what one process says without."""
+    for rank in two[0]:
+        assert rank["decode loop"]["ahead"] > 10
+        assert_same_as_alone(rank["decode loop"], alone)
+
+
 def test_all_ranks_decide_alike(two: tuple) -> None:
     """Also in bfloat16, and with a seed that nobody chose."""
     first, second = two[0]
@@ -97,7 +105,7 @@ def test_only_rank_0_talks(two: tuple) -> None:
     ranks, done = two
     lines = [line for line in done.stderr.splitlines() if line.startswith("llama:")]
     assert done.stdout == ""
-    assert len(lines) == 5 and all("on cpu, split over 2 processes, max_seq_len=64" in line for line in lines)
+    assert len(lines) == 6 and all("on cpu, split over 2 processes, max_seq_len=64" in line for line in lines)
     assert f"seed={ranks[0]['fresh seed']['seed']}," in lines[-1]
 
 

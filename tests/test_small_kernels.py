@@ -13,7 +13,7 @@ from llama.model import rope_table
 
 LIBRARY = library.load()[0]
 VARIANTS = range(LIBRARY.llama_variant() + 1) if LIBRARY else ()
-needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"{library.why_not()}")
+needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"{library.why_not(torch.device('cpu'))}")
 BOTH = st.sampled_from([torch.float32, torch.bfloat16])
 
 

@@ -1,15 +1,17 @@
-"""The compiled kernels: where they are, which variant of them this processor runs, and why they may be missing."""
+"""The kernels of this machine: where they are, which variant of them it runs, and why they may be missing."""
 
 import ctypes
 import functools
 import os
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 VARIANTS = ("portable", "avx2", "avx512", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_HALF = (torch.bfloat16, torch.float16)
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "llama_workspace": [_LONG] * 2 + [_INT] * 4,
@@ -36,10 +38,32 @@ def usable(x: Tensor) -> ctypes.CDLL | None:
     return load()[0]
 
 
-def why_not() -> str | None:
-    """Why there are no compiled kernels, in one line; None where there are."""
+def gpu_kernels(x: Tensor) -> ModuleType | None:
+    """gpu.py, where it can compute with x: in 16 bits, on CUDA with Triton, and not for torch.compile."""
+    if x.device.type != "cuda" or x.dtype not in _HALF or torch.compiler.is_compiling():
+        return None
+    return load_gpu()
+
+
+@functools.cache
+def load_gpu() -> ModuleType | None:
+    if os.environ.get("LLAMA_KERNELS") == "none":
+        return None
+    try:
+        from llama.kernels import gpu
+    except ImportError:
+        return None
+    return gpu
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why this device has no kernels of ours, in one line; None where it has."""
+    used = "PyTorch's operators are used, which are slower"
+    if device.type == "cuda":
+        why = "LLAMA_KERNELS=none" if os.environ.get("LLAMA_KERNELS") == "none" else "no Triton: pip install triton"
+        return None if load_gpu() else f"no kernels of ours ({why}): {used}"
     library, reason = load()
-    return None if library else f"no compiled kernels ({reason}): PyTorch's operators are used, which are slower"
+    return f"no compiled kernels ({reason}): {used}" if device.type == "cpu" and not library else None
 
 
 def variant() -> int:

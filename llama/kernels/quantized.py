@@ -1,13 +1,13 @@
-"""Quantising, and products with quantised and packed weights: our kernels on a CPU, PyTorch's operators elsewhere.
+"""Quantising, and products with quantised and packed weights: by our kernels, or PyTorch's operators without them.
 
-Our kernels read packed weights, 16 rows side by side (see kernels/quantized.c); without them weights stay as stored.
+On a CPU our kernels read packed weights, 16 rows side by side (see quantized.c); elsewhere weights stay as stored.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from llama.kernels.library import DTYPES, VARIANTS, load, usable, variant
+from llama.kernels.library import DTYPES, VARIANTS, gpu_kernels, load, usable, variant
 from llama.quantization import QUANTIZE, dequantize_int4, dequantize_int8
 from llama.weight_format import FORMATS
 
@@ -68,9 +68,11 @@ def is_packed(weight: Tensor) -> bool:
 
 def packed_product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
     """x (N, C) · W (outputs, C)ᵀ → (N, outputs), from quantised weights or packed ones."""
-    if torch.compiler.is_compiling() and is_packed(weight):
+    if torch.compiler.is_compiling():
         return torch.ops.llama.packed_product(x, weight, scales, outputs)
     n, inputs = x.shape
+    if (gpu := gpu_kernels(x)) and n <= gpu.MOST_ROWS:
+        return gpu.product(x, weight, scales, outputs)
     library = usable(x)
     if not is_packed(weight) or library is None or n > library.llama_most_rows(DTYPES[x.dtype], variant()):
         return _by_blocks(x, weight, scales, outputs)

@@ -1,10 +1,11 @@
-"""The small operations of a step: one call of our library each on a CPU, PyTorch's operators elsewhere."""
+"""The small operations of a step: one kernel of ours each, on a CPU or on CUDA; PyTorch's operators elsewhere."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from llama.kernels.library import DTYPES, usable, variant
+from llama.kernels.library import DTYPES, gpu_kernels, usable, variant
+from llama.kv_cache import as_stored
 
 MOST_HEAD_DIM = 256  # of `attend`
 WORTH_THREADS = 1 << 14  # numbers: below it, waking other threads takes longer than the work
@@ -26,8 +27,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+def add_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + more (N, dim), or x where that is None; and its `rms_norm`."""
+    if gpu := gpu_kernels(x):
+        return gpu.add_norm(x, more, weight, eps)
+    total = x if more is None else x + more
+    return total, rms_norm(total, weight, eps)
+
+
 def gate(both: Tensor) -> Tensor:
     """SwiGLU's product: (N, 2F) → silu(first half) · second half (N, F)."""
+    if gpu := gpu_kernels(both):
+        return gpu.gate(both)
     library = usable(both)
     if library is None:
         opened, up = both.chunk(2, dim=-1)
@@ -58,11 +69,14 @@ def turn_and_store(
     `turns` (N, 1, D/2, 2) float32 are those of the tokens' positions; `keys` and `values` (K, S, P, D) a layer's cache,
     of which token n gets row rows[n] of (S · P).
     """
+    if gpu := gpu_kernels(heads):
+        return gpu.turn_and_store(heads, turns, keys, values, rows, n_heads)
     library, n_kv_heads = usable(heads), keys.shape[0]
     if library is None or keys.dtype != heads.dtype:
         turned = rotate(heads[:, :-n_kv_heads], turns)
         for stored, new in ((keys, turned[:, n_heads:]), (values, heads[:, -n_kv_heads:])):
-            stored.flatten(1, 2).index_copy_(1, rows, new.transpose(0, 1))
+            bits, new_bits = as_stored(stored, new)
+            bits.flatten(1, 2).index_copy_(1, rows, new_bits.transpose(0, 1))
         return turned[:, :n_heads]
     heads, turns = heads.contiguous(), turns.contiguous()
     n, _, head_dim = heads.shape

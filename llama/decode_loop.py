@@ -1,0 +1,167 @@
+"""Decode steps whose tokens stay on the device: each is the next one's input, so the host may read them one step late.
+
+What a step reads and writes lies in buffers that stay where they are. So a step of so many rows can be captured as a
+CUDA graph, the choice of tokens with it, and be repeated by one call.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama import flash_attention, parallel
+from llama.attention import on_device
+from llama.kv_cache import KVCache
+from llama.model import Transformer
+from llama.sampling import sample_all
+from llama.step import Step
+
+WORTH_CAPTURE = 8  # steps of a kind after which it is captured: that takes about as long as some dozen steps
+Work = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence of a decode step: its last token, where that goes, and how the next one is chosen."""
+
+    token: int
+    slot: int
+    position: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step on its way."""
+
+    tokens: Callable[[], list[int]]  # waits for it: the token of each row, −1 where its logits are not finite
+
+
+def can_loop(model: Transformer, cache: KVCache) -> bool:
+    """Where there is something to hide (on CUDA), and no layer needs to know lengths on the host."""
+    return model.device.type == "cuda" and (on_device(cache) or flash_attention.can_run(cache.keys[0]))
+
+
+def capture_graph(work: Work) -> Work:
+    """Record what `work` does on the device, without doing it; what comes back does it.
+
+    All graphs share one pool of memory: no two run at once, and what they give is copied out of it.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_pool()):
+        work()
+    return graph.replay
+
+
+def as_it_is(work: Work) -> Work:
+    """Instead of a capture: what is to be repeated is done anew."""
+    return work
+
+
+@functools.cache
+def _pool() -> tuple[int, int]:
+    return torch.cuda.graph_pool_handle()
+
+
+class DecodeLoop:
+    """Decode steps of one model and cache, of up to `rows` sequences.
+
+    `load` says where a batch stands; each `launch` then does a step of it. Before a third launch the first must have
+    been read. Steps are padded to 1, 2, 4, 8, … rows by repeating the first: there is a graph for each such size.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, capture: Callable[[Work], Work] = capture_graph) -> None:
+        self.model, self.cache = model, cache
+        self.sizes = _sizes(cache.slots)
+        rows, device = cache.slots, model.device
+        self._ints = torch.zeros((5, rows), dtype=torch.int64, device=device)  # Row's; source: see `_step`
+        self._floats = torch.zeros((4, rows), dtype=torch.float32, device=device)  # Row's, and the noise
+        self._chosen = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._every = torch.arange(rows, device=device)
+        self._capture = capture
+        self._steps: dict[tuple[int, bool], Work] = {}  # by rows, and whether all are greedy: those captured
+        self._uses: dict[tuple[int, bool], int] = {}
+        self._held: list[Tensor | None] = []
+        self._rows, self._greedy, self._launches = 0, True, 0
+        # What is on its way from or to the device must stay as it is, so two of each take turns.
+        pinned = device.type == "cuda"
+        self._noise = torch.zeros((2, rows), pin_memory=pinned)
+        self._read = torch.zeros((2, rows), dtype=torch.int64, pin_memory=pinned)
+
+    def load(self, rows: Sequence[Row]) -> None:
+        """Begin with these sequences, instead of those that were here."""
+        self._rows, self._greedy = len(rows), all(row.temperature == 0 for row in rows)
+        padding = next(size for size in self.sizes if size >= len(rows)) - len(rows)
+        padded, sources = [*rows, *[rows[0]] * padding], [*range(len(rows)), *[0] * padding]
+        ints = [(r.token, r.slot, r.position, r.top_k, source) for r, source in zip(padded, sources, strict=True)]
+        floats = [(r.temperature, r.top_p, r.min_p, 0.0) for r in padded]
+        self._ints[:, : len(padded)] = torch.tensor(ints, dtype=torch.int64).T.to(self._ints.device)
+        self._floats[:, : len(padded)] = torch.tensor(floats, dtype=torch.float32).T.to(self._floats.device)
+
+    @torch.inference_mode()
+    def launch(self, noise: Sequence[float]) -> Flight:
+        """Do a step; `noise` has a number in [0, 1) for each row."""
+        turn, self._launches = self._launches % 2, self._launches + 1
+        size = next(size for size in self.sizes if size >= self._rows)
+        if not self._greedy:
+            host = self._noise[turn, :size]
+            host.copy_(torch.tensor([*noise, *[noise[0]] * (size - self._rows)]))
+            self._floats[3, :size].copy_(host, non_blocking=True)
+        self._work(size, self._greedy)()
+        return self._flight(self._read[turn, : self._rows])
+
+    def _work(self, size: int, greedy: bool) -> Work:
+        """The step of so many rows: as it is the first times, which fills what is made once; then captured."""
+        kind = (size, greedy)
+        if kind in self._steps:
+            return self._steps[kind]
+        uses = self._uses[kind] = self._uses.get(kind, 0) + 1
+
+        def work() -> None:
+            self._step(size, greedy)
+
+        if uses <= WORTH_CAPTURE:
+            return work
+        self._held.append(self.model.rope)  # what is captured reads it where it is
+        try:
+            self._steps[kind] = self._capture(work)
+        except RuntimeError as error:
+            parallel.say(f"llama: no CUDA graphs ({str(error).splitlines()[0]}): decode steps are slower without")
+            self._capture = as_it_is
+            self._steps[kind] = work
+        return self._steps[kind]
+
+    def _step(self, size: int, greedy: bool) -> None:
+        """From the buffers, to the buffers: nothing here may depend on a number that only the device knows."""
+        tokens, slots, positions, top_k, source = self._ints[:, :size]
+        step = Step(tokens, slots, positions, self._every[:size], (), decodes=True)
+        logits = self.model(step, self.cache)
+        temperature, top_p, min_p, noise = self._floats[:, :size]
+        chosen = logits.argmax(-1) if greedy else sample_all(logits, temperature, top_p, top_k, min_p, noise)
+        self._chosen[:size] = torch.where(logits.sum(-1).isfinite(), chosen, -1)
+        tokens.copy_(chosen[source])  # a row that pads stays what it repeats, however the two are rounded
+        positions += 1
+
+    def _flight(self, host: Tensor) -> Flight:
+        """Begin to copy the tokens to the host."""
+        host.copy_(self._chosen[: self._rows], non_blocking=True)
+        if self._chosen.device.type != "cuda":
+            return Flight(host.tolist)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def tokens() -> list[int]:
+            arrived.synchronize()
+            return host.tolist()
+
+        return Flight(tokens)
+
+
+def _sizes(rows: int) -> list[int]:
+    """1, 2, 4, 8, … up to `rows`, which is the last."""
+    return [*(1 << n for n in range(rows.bit_length()) if 1 << n < rows), rows]

@@ -1,0 +1,225 @@
+"""The Triton kernels: interpreted on a CPU, and compiled for GPUs that are not there; on CUDA as they are."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import ROOT
+from emulation import flash_kernel, gpu, gpu_path
+from test_attention import naive
+
+from llama import Llama, SamplingParams
+from llama.attention import on_device
+from llama.decode_loop import DecodeLoop, as_it_is
+from llama.kernels import library, small
+from llama.kv_cache import FLOAT8, KVCache
+from llama.model import rope_table
+from llama.quantization import QUANTIZE, dequantize_int4, dequantize_int8
+
+__all__ = ["flash_kernel", "gpu", "gpu_path"]
+DEQUANTIZE = {"int8": dequantize_int8, "int4": dequantize_int4}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.cuda)]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.cpu().double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_products_agree_with_plain_arithmetic(gpu: ModuleType, name: str, dtype: torch.dtype) -> None:
+    """Odd numbers of rows and outputs, one group of inputs and many, whole tiles and parts of them."""
+    for outputs, inputs, n in ((1, 32, 1), (16, 256, 2), (40, 96, 17), (33, 288, 64), (20, 544, 5)):
+        q, scales = QUANTIZE[name](torch.randn(outputs, inputs))
+        x = torch.randn(n, inputs).to(dtype)
+        y = gpu.product(x.to(DEVICE), q.to(DEVICE), scales.to(DEVICE), outputs)
+        assert y.shape == (n, outputs) and y.dtype == dtype
+        assert error(y, x.double() @ DEQUANTIZE[name](q, scales).double().T) < TOLERANCE[dtype], (outputs, inputs, n)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_what_is_not_finite_stays_in_its_row(gpu: ModuleType, name: str) -> None:
+    q, scales = (t.to(DEVICE) for t in QUANTIZE[name](torch.randn(20, 64)))
+    x = torch.randn(3, 64).half().to(DEVICE)
+    x[1, 40] = torch.nan
+    y = gpu.product(x, q, scales, 20)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 1, 24), (1, 8, 64), (2, 3, 128)])
+@pytest.mark.parametrize("float8", [False, True])
+def test_attention_agrees_with_plain_arithmetic(
+    gpu: ModuleType, dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, float8: bool
+) -> None:
+    """Lengths of one position, of a whole split, of several and a part; slots in any order, and empty ones between."""
+    if float8 and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    cache = KVCache(1, kv_heads, 4, 600, head_dim, dtype, torch.device("cpu"), float8)
+    for tensor in (cache.keys[0], cache.values[0]):
+        tensor.copy_(torch.randn(tensor.shape))
+    slots, positions = torch.tensor([3, 0, 2]), torch.tensor([0, 255, 580])
+    q = torch.randn(3, kv_heads * group, head_dim).to(dtype)
+    found = gpu.attend(*(t.to(DEVICE) for t in (q, cache.keys[0], cache.values[0], slots, positions)))
+    for i, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        keys, values = (t.float().transpose(0, 1) for t in cache.view(0, slot, position + 1))
+        assert error(found[i : i + 1], naive(q[i : i + 1].float(), keys, values, position)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_norm_and_gate_agree(gpu: ModuleType, dtype: torch.dtype) -> None:
+    for n, dim in ((1, 8), (3, 17), (5, 448)):
+        x, more, weight = (torch.randn(size).to(dtype) for size in ((n, dim), (n, dim), (dim,)))
+        for added in (None, more):
+            on_gpu = gpu.add_norm(x.to(DEVICE), None if added is None else added.to(DEVICE), weight.to(DEVICE), 1e-5)
+            plain = small.add_norm(x.float(), None if added is None else added.float(), weight.float(), 1e-5)
+            assert all(error(a, b) < TOLERANCE[dtype] for a, b in zip(on_gpu, plain, strict=True))
+        both = torch.randn(n, 2 * dim).to(dtype) * 4
+        assert error(gpu.gate(both.to(DEVICE)), small.gate(both.float())) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("float8", [False, True])
+def test_turned_heads_and_stored_ones_agree(gpu: ModuleType, dtype: torch.dtype, float8: bool) -> None:
+    """Queries come back turned; keys are turned into their places, values copied; nothing else of the cache changes.
+
+    Of float8 the numbers are exact and the keys not turned, but for one that is cut to its range: Triton's interpreter
+    rounds 1.97 to 1 in it.
+    """
+    if float8 and DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    for n, n_heads, kv_heads, head_dim in ((1, 2, 1, 8), (5, 6, 2, 24)):
+        heads = (torch.randn(n, n_heads + 2 * kv_heads, head_dim) * 3).to(FLOAT8).to(dtype)
+        heads[0, -1] = 2000
+        positions = torch.randint(0, 1 if float8 else 90, (n,))
+        turns = rope_table(head_dim, 90, 10000.0, torch.device("cpu"))[positions][:, None]
+        rows = torch.randperm(3 * 20)[:n]
+        caches = [KVCache(1, kv_heads, 3, 20, head_dim, dtype, torch.device("cpu"), float8) for _ in range(2)]
+        for cache in caches:
+            cache.keys[0].fill_(7)
+            cache.values[0].fill_(7)
+        plain = small.turn_and_store(heads, turns, caches[0].keys[0], caches[0].values[0], rows, n_heads)
+        own = [tensor.to(DEVICE) for tensor in (heads, turns, caches[1].keys[0], caches[1].values[0], rows)]
+        q = gpu.turn_and_store(*own, n_heads)
+        assert error(q, plain) < TOLERANCE[dtype]
+        for found, expected in zip(own[2:4], (caches[0].keys[0], caches[0].values[0]), strict=True):
+            tolerance = 0 if float8 else TOLERANCE[dtype]
+            torch.testing.assert_close(found.cpu().float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+def stored_by_pytorch(*args: object) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small, "gpu_kernels", lambda x: None)
+        return small.turn_and_store(*args)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "int4"}, {"kv_dtype": "fp8"}], ids=str)
+def test_a_model_computes_the_same_through_them(
+    build: Callable[..., Llama], gpu: ModuleType, gpu_path: None, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    """In float32, prompts, single tokens, and decode steps ahead of the host, against PyTorch's operators."""
+    prompts = [[1, 5, 9, 200, 17], [1, 7]]
+    params = SamplingParams(temperature=0, max_gen_len=5, logprobs=True)
+    if "kv_dtype" in options:  # see above
+        monkeypatch.setattr(gpu, "turn_and_store", stored_by_pytorch)
+    found = build(**options).generate(prompts, params=params)
+    looped = build(**options)
+    assert on_device(looped.engine.cache)
+    looped.engine.loop = DecodeLoop(looped.model, looped.engine.cache, capture=as_it_is)
+    assert looped.generate(prompts, params=SamplingParams(temperature=0, max_gen_len=5))[0] == found[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(library, "load", lambda: (None, ""))  # so that activations are not rounded to int8
+    expected = build(**options).generate(prompts, params=params)
+    assert found[0] == expected[0]
+    for own, other in zip(found[1], expected[1], strict=True):
+        assert own == pytest.approx(other, abs=1e-4)
+
+
+COMPILE = """
+import sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class NoGPU:
+    def get_current_target(self): return GPUTarget("cuda", int(sys.argv[1]), 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+
+launch = JITFunction.run
+def compile_only(self, *args, warmup, **options):
+    kernel = launch(self, *args, warmup=True, **options)
+    assert kernel.asm["cubin"]
+    print(self.fn.__name__, kernel.metadata.shared)
+JITFunction.run = compile_only
+driver.set_active(NoGPU())
+
+from llama.kernels import gpu
+from llama.quantization import QUANTIZE
+zeros = torch.zeros(2, dtype=torch.int64)
+for dtype in (torch.bfloat16, torch.float16):
+    for form in ("int8", "int4"):
+        q, scales = QUANTIZE[form](torch.randn(64, 256))
+        for n in (1, 3, 32, 64):
+            gpu.product(torch.randn(n, 256).to(dtype), q, scales, 64)
+    for kept in (dtype, torch.float8_e4m3fn) if int(sys.argv[1]) >= 89 else (dtype,):
+        for head_dim, kv_heads in ((128, 8), (128, 1), (24, 2)):
+            cache = torch.zeros(kv_heads, 3, 4096, head_dim, dtype=kept)
+            gpu.attend(torch.randn(2, 8, head_dim).to(dtype), cache, cache, zeros, zeros)
+            heads = torch.randn(2, 8 + 2 * kv_heads, head_dim).to(dtype)
+            gpu.turn_and_store(heads, torch.randn(2, 1, head_dim // 2, 2), cache, cache, zeros, 8)
+    x = torch.randn(3, 4096).to(dtype)
+    gpu.add_norm(x, None, x[0], 1e-5)
+    gpu.add_norm(x, x, x[0], 1e-5)
+    gpu.gate(x)
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_every_kernel_compiles(capability: int) -> None:
+    """To machine code of Ampere, Ada and Hopper, as it would be launched; with memory that their cores have."""
+    pytest.importorskip("triton", reason="needs Triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    seen = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, _ in seen} == {
+        "_product_kernel", "_attend_kernel", "_join_kernel", "_norm_kernel", "_gate_kernel", "_turn_kernel",
+    }  # fmt: skip
+    assert max(int(shared) for _, shared in seen) <= 99 * 1024
+
+
+def test_they_can_be_left_out() -> None:
+    code = "from llama.kernels.library import *; print(load_gpu())"
+    environment = {**os.environ, "LLAMA_KERNELS": "none"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.stdout == "None\n", done.stderr
+
+
+def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, in 16 bits, where there is Triton; what is missing is said in one line."""
+
+    class OnCUDA:
+        device, dtype = torch.device("cuda", 0), torch.bfloat16
+
+    kernels = object()
+    monkeypatch.setattr(library, "load_gpu", lambda: kernels)
+    assert library.gpu_kernels(OnCUDA()) is kernels
+    assert library.gpu_kernels(torch.empty(0, dtype=torch.bfloat16)) is None
+    monkeypatch.setattr(OnCUDA, "dtype", torch.float32)
+    assert library.gpu_kernels(OnCUDA()) is None
+    assert library.why_not(OnCUDA.device) is None
+    monkeypatch.setattr(library, "load_gpu", lambda: None)
+    assert library.why_not(OnCUDA.device) == (
+        "no kernels of ours (no Triton: pip install triton): PyTorch's operators are used, which are slower"
+    )
+    monkeypatch.setenv("LLAMA_KERNELS", "none")
+    assert "(LLAMA_KERNELS=none)" in library.why_not(OnCUDA.device)
+    assert library.why_not(torch.device("mps")) is None
