@@ -1,4 +1,4 @@
-"""What int8 and int4 weights cost: perplexity and greedy agreement on the demo, logits of a random 1.1B model.
+"""What int8 and int4 weights and an fp8 cache cost: perplexity and greedy agreement on the demo, random 1.1B logits.
 
 python quality.py [--dir FOLDER]
 """
@@ -18,12 +18,12 @@ from llama.step import Step
 BEGINNINGS = ("Once upon a time there was a small fox named Tom.", "Ben wanted a red kite.", "One morning Mia went",
               "The old bear lived in a", "Vera had a green top.")  # fmt: skip
 SAMPLES = 12
+KINDS = {"int8": {"quantize": "int8"}, "int4": {"quantize": "int4"}, "bfloat16, KV cache in fp8": {"kv_dtype": "fp8"}}
 
 
-def build(folder: Path, quantize: str | None, max_seq_len: int, sequences: int) -> Llama:
-    return Llama.build(
-        str(folder), str(folder / "tokenizer.model"), max_seq_len, sequences, device="cpu", quantize=quantize
-    )
+def build(folder: Path, options: dict[str, str], max_seq_len: int, sequences: int) -> Llama:
+    tokenizer = str(folder / "tokenizer.model")
+    return Llama.build(str(folder), tokenizer, max_seq_len, sequences, device="cpu", **options)
 
 
 def perplexity(llama: Llama, texts: list[str]) -> float:
@@ -39,22 +39,22 @@ def logits(llama: Llama) -> torch.Tensor:
 
 
 def main(dir: str = "/tmp/llama-benchmarks", large: bool = True) -> None:
-    plain = build(DEMO, None, 512, 8)
+    plain = build(DEMO, {}, 512, 8)
     texts = [r["generation"] for r in plain.text_completion(BEGINNINGS * SAMPLES, temperature=0.8, echo=True)]
     prompts = [text[: 20 + 7 * i % 60] for i, text in enumerate(texts)]
     expected = [r["generation"] for r in plain.text_completion(prompts, temperature=0, max_gen_len=16)]
     base = perplexity(plain, texts)
     folder = make_checkpoint(Path(dir), "1.1B") if large else None
-    reference = logits(build(folder, None, 64, 1)) if folder else None
+    reference = logits(build(folder, {}, 64, 1)) if folder else None
     rows = [["bfloat16", f"{base:.4f}", "", "", ""]]
-    for name in ("int8", "int4"):
-        llama = build(DEMO, name, 512, 8)
+    for name, options in KINDS.items():
+        llama = build(DEMO, options, 512, 8)
         found = [r["generation"] for r in llama.text_completion(prompts, temperature=0, max_gen_len=16)]
         same = sum(a == b for a, b in zip(found, expected, strict=True))
         value = perplexity(llama, texts)
         error = ""
         if reference is not None:
-            error = f"{((logits(build(folder, name, 64, 1)) - reference).norm() / reference.norm()).item():.4f}"
+            error = f"{((logits(build(folder, options, 64, 1)) - reference).norm() / reference.norm()).item():.4f}"
         rows.append([name, f"{value:.4f}", f"{(value / base - 1) * 100:+.2f} %", f"{same} of {len(found)}", error])
     print(header())
     print(f"demo: {len(texts)} stories sampled from it; 16 greedy tokens after {len(prompts)} beginnings\n")
