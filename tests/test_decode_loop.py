@@ -14,7 +14,9 @@ from llama import Llama, SamplingParams
 from llama.decode_loop import WORTH_CAPTURE, DecodeLoop, Flight, Row, Work, _sizes, as_it_is, can_loop
 from llama.engine import Engine
 from llama.errors import NumericalError
+from llama.kv_cache import KVCache
 from llama.request import Request
+from llama.step import Step
 
 __all__ = ["flash_kernel"]
 
@@ -82,6 +84,7 @@ PARAMS = st.builds(
     top_k=st.sampled_from([0, 5]),
     max_gen_len=st.integers(3, 12),
     min_gen_len=st.sampled_from([0, 0, 0, 3]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.0, 3.0]),
     logprobs=st.sampled_from([False, False, False, True]),
     seed=st.integers(0, 99),
     n=st.sampled_from([1, 1, 2]),
@@ -174,6 +177,27 @@ def test_padding_changes_no_row(looped: Callable[..., Llama], small: dict) -> No
     for slot in (3, 4):
         assert all((tensor[:, slot] == 7).all() for tensor in (*llama.engine.cache.keys, *llama.engine.cache.values))
     assert together == [looped().generate([prompt], params=params)[0][0] for prompt in prompts]
+
+
+def test_padding_keeps_the_tokens_of_what_it_repeats() -> None:
+    """Even where a row of a product is rounded otherwise than the same row elsewhere, and another token is best."""
+
+    class Rounding:
+        device = torch.device("cpu")
+        rope = None
+
+        def __call__(self, step: Step, cache: KVCache) -> torch.Tensor:
+            best = step.tokens * 3 + torch.arange(len(step.tokens))
+            return torch.nn.functional.one_hot(best % 97, 97).float()
+
+    cache = KVCache(1, 1, 4, 16, 8, torch.float32, Rounding.device)
+    loop = DecodeLoop(Rounding(), cache, capture=as_it_is)
+    loop.load([Row(5 + slot, slot, 2, 0.0, 1.0, 0, 0.0) for slot in range(3)])
+    for step in range(3):
+        loop.launch([]).tokens()
+        tokens, _, positions = loop._ints[:3].tolist()
+        assert tokens[3] == tokens[0] and tokens[1] != tokens[0]
+        assert positions == [3 + step] * 4
 
 
 def test_ctrl_c_while_a_step_is_ahead_loses_nothing(

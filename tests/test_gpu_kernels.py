@@ -1,6 +1,7 @@
 """The Triton kernels: interpreted on a CPU, and compiled for GPUs that are not there; on CUDA as they are."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,6 +140,112 @@ def test_a_model_computes_the_same_through_them(
     assert found[0] == expected[0]
     for own, other in zip(found[1], expected[1], strict=True):
         assert own == pytest.approx(other, abs=1e-4)
+
+
+class PTX:
+    """Runs a list of the few instructions that gpu.py's weights are unpacked with; registers are integers."""
+
+    def run(self, code: str, registers: dict[str, int]) -> dict[str, int]:
+        self.registers = dict(registers)
+        for instruction in re.sub(r"^{ .reg[^;]*;|}$", "", code.strip()).split(";"):
+            if words := instruction.replace(",", " ").split():
+                name, to, *operands = words
+                self.registers[to] = getattr(self, name.replace(".", "_"))(*map(self.value, operands))
+        return self.registers
+
+    def value(self, operand: str) -> int:
+        return self.registers[operand] if operand in self.registers else int(operand, 0)
+
+    def mov_b32(self, a: int) -> int:
+        return a
+
+    def xor_b32(self, a: int, b: int) -> int:
+        return a ^ b
+
+    def shr_b32(self, a: int, n: int) -> int:
+        return a >> n
+
+    def lop3_b32(self, a: int, b: int, c: int, table: int) -> int:
+        """Bit by bit what the table says of bits of a, b, c: its bit 4 a + 2 b + c."""
+        bits = (table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1 for i in range(32))
+        return sum(bit << i for i, bit in enumerate(bits))
+
+    def prmt_b32(self, a: int, b: int, chosen: int) -> int:
+        """Byte i is that byte of b and a together which nibble i of `chosen` names."""
+        both = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+        assert all(nibble < 8 for nibble in (chosen >> 4 * i & 15 for i in range(4)))
+        return int.from_bytes(bytes(both[chosen >> 4 * i & 15] for i in range(4)), "little")
+
+    def fma_rn_f32(self, a: int, b: int, c: int) -> int:
+        x, y, z = (bits_to(torch.float32, n).double() for n in (a, b, c))
+        return to_bits((x * y + z).float())
+
+    def cvt_rn_bf16x2_f32(self, high: int, low: int) -> int:
+        return to_bits(bits_to(torch.float32, low).bfloat16()) | to_bits(bits_to(torch.float32, high).bfloat16()) << 16
+
+    def fma_rn_bf16x2(self, *operands: int) -> int:
+        return self.halves(torch.bfloat16, *operands)
+
+    def fma_rn_f16x2(self, *operands: int) -> int:
+        return self.halves(torch.float16, *operands)
+
+    def mul_f16x2(self, a: int, b: int) -> int:
+        return self.halves(torch.float16, a, b, 0x80008000)
+
+    def halves(self, dtype: torch.dtype, *operands: int) -> int:
+        found = 0
+        for shift in (0, 16):
+            x, y, z = (bits_to(dtype, n >> shift & 0xFFFF).double() for n in operands)
+            found |= to_bits((x * y + z).to(dtype)) << shift
+        return found
+
+
+def bits_to(dtype: torch.dtype, bits: int) -> torch.Tensor:
+    whole = torch.int32 if dtype.itemsize == 4 else torch.int16
+    size = 1 << 8 * dtype.itemsize
+    return torch.tensor(bits - size if bits >= size // 2 else bits, dtype=whole).view(dtype)
+
+
+def to_bits(number: torch.Tensor) -> int:
+    whole = torch.int32 if number.dtype.itemsize == 4 else torch.int16
+    return number.view(whole).item() % (1 << 8 * number.dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_what_unpacks_weights_gives_every_integer_times_its_scale(
+    gpu: ModuleType, name: str, dtype: torch.dtype
+) -> None:
+    """The PTX that the interpreter cannot run, for every byte: what rounding once gives, but for 2⁻⁸ of a scale."""
+    code = {
+        ("int8", torch.bfloat16): gpu.INT8_TO_BFLOAT16, ("int8", torch.float16): gpu.INT8_TO_FLOAT16,
+        ("int4", torch.bfloat16): gpu.INT4_TO_BFLOAT16, ("int4", torch.float16): gpu.INT4_TO_FLOAT16,
+    }[name, dtype].value  # fmt: skip
+    in_float32 = name == "int8" and dtype == torch.bfloat16
+    for first in range(0, 256, 4):
+        data = [first + i * 67 & 255 for i in range(4)] if first % 8 else [first, first + 1, first + 2, first + 3]
+        scale = (torch.rand(()) * 0.1 - 0.05).half()
+        kept = scale.float() if in_float32 else scale.to(dtype)
+        registers = {"$4" if name == "int4" else "$2": int.from_bytes(bytes(data), "little")}
+        pair = to_bits(kept) if in_float32 else to_bits(kept) * 0x10001
+        for i, place in enumerate(range(3, 7) if in_float32 else (5, 6) if name == "int4" else (3, 4)):
+            registers[f"${place}"] = pair
+            if in_float32:
+                registers[f"${7 + i}"] = to_bits(kept * -32896.0)
+        registers = PTX().run(code, registers)
+        found = [
+            bits_to(dtype, registers[f"${i // 2}"] >> 16 * (i % 2) & 0xFFFF) for i in range(8 if name == "int4" else 4)
+        ]
+        if name == "int8":
+            integers = [byte - 256 if byte > 127 else byte for byte in data]
+        else:
+            integers = [(byte & 15) - 8 for byte in data] + [(byte >> 4) - 8 for byte in data]
+        for number, integer in zip(found, integers, strict=True):
+            exact = integer * kept.double()
+            if in_float32:
+                assert abs(number.double() - exact) <= abs(exact) * 2**-8 + abs(kept) * 2**-8
+            else:
+                assert number.equal(exact.to(dtype)), (integer, kept)
 
 
 COMPILE = """

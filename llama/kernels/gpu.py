@@ -4,12 +4,15 @@ A decode step waits for memory: each kernel reads what it needs once, and does a
 shapes as in model.py; C inputs and R outputs of a matrix.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_ROWS = 64  # of a product: for more, dequantised weights and the GPU's own matrix units are faster
+MOST_ROWS = 64  # of a product: for more, dequantised weights and PyTorch's product are faster
+_INPUTS = {8: 512, 16: 256, 32: 128, 64: 128}  # at a time, by rows of x: what of them fits
 GROUP = tl.constexpr(32)  # inputs that share a scale: weight_format's
 SPLIT = 256  # positions of a sequence that one program attends to
 BLOCK = 64  # of them at a time
@@ -18,6 +21,80 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # ------------------------------------------------------------------------------------------------- quantised products
 
+# Four bytes of weights → numbers, times their scales, in few instructions (a conversion takes four times as long as any
+# of them): an integer put into the low bits of a power of two is that power plus the integer. PTX, 32 bits a register.
+# From int8 to $0 $1: the bytes are $2, the scales $3 … $6 in float32 with −32896 times them in $7 … $10, or $3 $4 in
+# float16. q ^ 0x80 is q + 128.
+INT8_TO_BFLOAT16 = tl.constexpr("""{ .reg .b32 u, a, b, c, d;
+    xor.b32 u, $2, 0x80808080;
+    prmt.b32 a, u, 0x47000000, 0x7404; prmt.b32 b, u, 0x47000000, 0x7414;
+    prmt.b32 c, u, 0x47000000, 0x7424; prmt.b32 d, u, 0x47000000, 0x7434;
+    fma.rn.f32 a, a, $3, $7; fma.rn.f32 b, b, $4, $8; fma.rn.f32 c, c, $5, $9; fma.rn.f32 d, d, $6, $10;
+    cvt.rn.bf16x2.f32 $0, b, a; cvt.rn.bf16x2.f32 $1, d, c; }""")
+INT8_TO_FLOAT16 = tl.constexpr("""{ .reg .b32 u, a, b, one, less;
+    xor.b32 u, $2, 0x80808080; mov.b32 one, 0x3C003C00; mov.b32 less, 0xE480E480;
+    prmt.b32 a, u, 0x64646464, 0x4140; prmt.b32 b, u, 0x64646464, 0x4342;
+    fma.rn.f16x2 a, a, one, less; fma.rn.f16x2 b, b, one, less;
+    mul.f16x2 $0, a, $3; mul.f16x2 $1, b, $4; }""")
+# From int4 to $0 $1, the low halves of the bytes, and $2 $3, the high ones: the bytes are $4, the scales $5 $6.
+INT4_TO_BFLOAT16 = tl.constexpr("""{ .reg .b32 t, v, a, b, c, d, one, less, zero;
+    mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308; mov.b32 zero, 0x80008000;
+    prmt.b32 t, $4, 0, 0x4140; prmt.b32 v, $4, 0, 0x4342;
+    lop3.b32 a, t, 0x000F000F, 0x43004300, 0xEA; lop3.b32 b, v, 0x000F000F, 0x43004300, 0xEA;
+    shr.b32 t, t, 4; shr.b32 v, v, 4;
+    lop3.b32 c, t, 0x000F000F, 0x43004300, 0xEA; lop3.b32 d, v, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 a, a, one, less; fma.rn.bf16x2 b, b, one, less;
+    fma.rn.bf16x2 c, c, one, less; fma.rn.bf16x2 d, d, one, less;
+    fma.rn.bf16x2 $0, a, $5, zero; fma.rn.bf16x2 $1, b, $6, zero;
+    fma.rn.bf16x2 $2, c, $5, zero; fma.rn.bf16x2 $3, d, $6, zero; }""")
+INT4_TO_FLOAT16 = tl.constexpr("""{ .reg .b32 t, v, a, b, c, d, one, less;
+    mov.b32 one, 0x3C003C00; mov.b32 less, 0xE408E408;
+    prmt.b32 t, $4, 0, 0x4140; prmt.b32 v, $4, 0, 0x4342;
+    lop3.b32 a, t, 0x000F000F, 0x64006400, 0xEA; lop3.b32 b, v, 0x000F000F, 0x64006400, 0xEA;
+    shr.b32 t, t, 4; shr.b32 v, v, 4;
+    lop3.b32 c, t, 0x000F000F, 0x64006400, 0xEA; lop3.b32 d, v, 0x000F000F, 0x64006400, 0xEA;
+    fma.rn.f16x2 a, a, one, less; fma.rn.f16x2 b, b, one, less;
+    fma.rn.f16x2 c, c, one, less; fma.rn.f16x2 d, d, one, less;
+    mul.f16x2 $0, a, $5; mul.f16x2 $1, b, $6; mul.f16x2 $2, c, $5; mul.f16x2 $3, d, $6; }""")
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter has no PTX
+
+
+@triton.jit
+def _from_int8(q, scale, DTYPE: tl.constexpr):
+    """Integers (R, G · 32) times the float16 scales (R, G) of their groups."""
+    if tl.bfloat16 == DTYPE:
+        wide = scale.to(tl.float32)
+        numbers = tl.inline_asm_elementwise(
+            INT8_TO_BFLOAT16, "=r,=r,r,r,r,r,r,r,r,r,r", [q, _spread(wide, 32), _spread(wide * -32896.0, 32)],
+            dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        numbers = tl.inline_asm_elementwise(
+            INT8_TO_FLOAT16, "=r,=r,r,r,r", [q, _spread(scale, 32)], dtype=tl.float16, is_pure=True, pack=4
+        )
+    return numbers
+
+
+@triton.jit
+def _from_int4(q, scale):
+    """The numbers of the low and of the high halves, in the dtype of the scales: bfloat16 or float16."""
+    if scale.dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            INT4_TO_BFLOAT16, "=r,=r,=r,=r,r,r,r", [q, scale], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        low, high = tl.inline_asm_elementwise(
+            INT4_TO_FLOAT16, "=r,=r,=r,=r,r,r,r", [q, scale], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    return low, high
+
+
+@triton.jit
+def _spread(scale, EACH: tl.constexpr):
+    """Scales (R, G) → (R, G · EACH), each EACH times."""
+    wide = tl.broadcast_to(scale[:, :, None], (scale.shape[0], scale.shape[1], EACH))
+    return tl.reshape(wide, (scale.shape[0], scale.shape[1] * EACH))
+
 
 @triton.jit
 def _product_kernel(
@@ -25,8 +102,7 @@ def _product_kernel(
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, FOUR_BITS: tl.constexpr,
 ):  # fmt: skip
     """y (n, R) for OUTPUTS of the outputs: INPUTS of the inputs at a time, dequantised and multiplied."""
-    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    out, row = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
     there, rows_there = out[:, None] < outputs, row[None, :] < n
     total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     EACH: tl.constexpr = GROUP // 2 if FOUR_BITS else GROUP  # bytes of a group
@@ -43,30 +119,35 @@ def _product_kernel(
         low_x = tl.load(column + first * GROUP, mask=rows_there & inside[:, None], other=0.0)
         if FOUR_BITS:
             high_x = tl.load(column + first * GROUP + EACH, mask=rows_there & inside[:, None], other=0.0)
-            total = tl.dot(_scaled((q & 15).to(tl.float32) - 8, scale, EACH).to(low_x.dtype), low_x, total)
-            total = tl.dot(_scaled((q >> 4).to(tl.float32) - 8, scale, EACH).to(low_x.dtype), high_x, total)
+            if INTERPRETED:
+                wide = _spread(scale.to(tl.float32), EACH)
+                low, high = ((q & 15).to(tl.float32) - 8) * wide, ((q >> 4).to(tl.float32) - 8) * wide
+            else:
+                low, high = _from_int4(q, _spread(scale.to(low_x.dtype), EACH))
+            total = tl.dot(low.to(low_x.dtype), low_x, total)
+            total = tl.dot(high.to(low_x.dtype), high_x, total)
+        elif INTERPRETED:
+            wide = _spread(scale.to(tl.float32), EACH)
+            total = tl.dot((q.to(tl.float32) * wide).to(low_x.dtype), low_x, total)
         else:
-            total = tl.dot(_scaled(q.to(tl.float32), scale, EACH).to(low_x.dtype), low_x, total)
+            total = tl.dot(_from_int8(q, scale, low_x.dtype), low_x, total)
     at = y + row[None, :].to(tl.int64) * outputs + out[:, None]
     tl.store(at, total.to(y.dtype.element_ty), mask=there & rows_there)
 
 
-@triton.jit
-def _scaled(q, scale, EACH: tl.constexpr):
-    """q (R, G · EACH) times the scales (R, G) of its groups."""
-    groups = tl.reshape(q, (q.shape[0], q.shape[1] // EACH, EACH))
-    return tl.reshape(groups * scale.to(tl.float32)[:, :, None], q.shape)
-
-
 def product(x: Tensor, weight: Tensor, scales: Tensor, outputs: int) -> Tensor:
-    """x (n, C) · W (R, C)ᵀ → (n, R), in 16 bits, from int8 (R, C) or int4 (R, C / 2) and scales (R, C / 32)."""
+    """x (n, C) · W (R, C)ᵀ → (n, R), in 16 bits, from int8 (R, C) or int4 (R, C / 2) and scales (R, C / 32).
+
+    For n up to MOST_ROWS. A program has one warp, 16 outputs and all of x: the warps of a larger one would all unpack
+    the same weights.
+    """
     x = x.contiguous()
     n, inputs = x.shape
+    rows, outs, four_bits = max(8, triton.next_power_of_2(n)), 16, weight.dtype == torch.uint8
     y = torch.empty((n, outputs), dtype=x.dtype, device=x.device)
-    rows, outs = 16, 16
-    _product_kernel[(triton.cdiv(outputs, outs), triton.cdiv(n, rows))](
-        x, weight, scales, y, n, inputs, outputs, weight.shape[1], scales.shape[1],
-        ROWS=rows, OUTPUTS=outs, INPUTS=256, FOUR_BITS=weight.dtype == torch.uint8, num_warps=4, num_stages=4,
+    _product_kernel[(triton.cdiv(outputs, outs),)](
+        x, weight, scales, y, n, inputs, outputs, weight.shape[1], scales.shape[1], ROWS=rows, OUTPUTS=outs,
+        INPUTS=_INPUTS[rows], FOUR_BITS=four_bits, num_warps=1, num_stages=4 if four_bits and rows == 8 else 3,
     )  # fmt: skip
     return y
 
