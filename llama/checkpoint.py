@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llama import checklist, memory
 from llama.errors import CheckpointError, DeviceError
-from llama.kernels.quantized import can_pack, pack, quantize
+from llama.kernels.quantized import LANES, can_pack, pack, pack_rows, pack_scales, quantize
 from llama.model import ModelArgs, Transformer
 from llama.parallel import choose_dtype, model_parallel_rank, model_parallel_size
 from llama.params_file import read_params
@@ -199,22 +199,52 @@ def fill(
     # What a tensor needs beside itself is then gone before all is there.
     largest_first = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
     for name, _ in largest_first:
-        names = sources(name)
-        owner, _, leaf = name.rpartition(".")
+        names, (owner, _, leaf) = sources(name), name.rpartition(".")
         module = model.get_submodule(owner)
-        form = format_of(names[0], model.params.quantize)
-        if form is None:
-            weight = _joined(names, shapes, shards, dtype, device)
-        elif stored:
-            weight = _joined(names, shapes, shards, getattr(torch, FORMATS[form].dtype), device)
-            module.scales = _joined(list(map(scales_of, names)), shapes, shards, torch.float16, device)
+        if hasattr(module, "scales"):
+            form = format_of(names[0], model.params.quantize)
+            weight, module.scales = _matrix(names, shapes, shards, device, dtype, form, stored is not None)
         else:
-            weight, module.scales = quantize(_joined(names, shapes, shards, stored_dtype(shards), device), form)
-        if hasattr(module, "scales") and can_pack(weight, dtype):
-            weight, module.scales = pack(weight, module.scales)
+            weight = _joined(names, shapes, shards, dtype, device)
         setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
         del weight
     _return_memory()
+
+
+def _matrix(
+    names: list[str], shapes: dict[str, tuple[int, ...]], shards: list[dict[str, Tensor]], device: torch.device,
+    dtype: torch.dtype, form: str | None, stored: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """A matrix of a model in `dtype`, and its scales: in `form`, which the files may have already; packed for a CPU."""
+    if form and not stored:
+        weight, scales = quantize(_joined(names, shapes, shards, stored_dtype(shards), device), form)
+    else:
+        held = getattr(torch, FORMATS[form].dtype) if form else dtype
+        scales = _joined(list(map(scales_of, names)), shapes, shards, torch.float16, device) if form else None
+        rows = _whole_rows(names, shapes, shards, held)
+        if rows and device.type == "cpu" and can_pack(rows[0], dtype):
+            weight = pack_rows(rows)  # straight from the files
+            for part in rows:
+                _release(part)
+            return weight, None if scales is None else pack_scales(scales)
+        weight = _joined(names, shapes, shards, held, device)
+    return pack(weight, scales) if can_pack(weight, dtype) else (weight, scales)
+
+
+def _whole_rows(
+    names: list[str], shapes: dict[str, tuple[int, ...]], shards: list[dict[str, Tensor]], dtype: torch.dtype
+) -> list[Tensor]:
+    """This rank's slices of several tensors, one below the other, as they lie in the files.
+
+    None where they are not whole rows of `dtype`, or where one but the last ends within a block of packed weights.
+    """
+    found: list[Tensor] = []
+    for name in names:
+        for _, part in _parts(name, shapes[name], shards, model_parallel_size(), model_parallel_rank()):
+            if not part.is_contiguous() or part.dtype != dtype or part.shape[1] != shapes[name][1]:
+                return []
+            found.append(part)
+    return found if not any(len(part) % LANES for part in found[:-1]) else []
 
 
 def _joined(

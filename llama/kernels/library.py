@@ -17,6 +17,7 @@ _ARGUMENTS = {
     "llama_workspace": [_LONG] * 2 + [_INT] * 4,
     "llama_most_rows": [_INT] * 2,
     "llama_quantize": [_POINTER] * 3 + [_LONG] + [_INT] * 4,
+    "llama_use_huge_pages": [_POINTER, _LONG],
     "llama_pack": [_POINTER] * 2 + [_LONG] * 3 + [_INT],
     "llama_product": [_POINTER] * 5 + [_LONG] * 3 + [_INT] * 4,
     "llama_dequantize": [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 4,

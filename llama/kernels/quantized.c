@@ -368,7 +368,7 @@ void llama_product(
 }
 
 /* Ask Linux for pages of 2 MB before any is touched: there are fewer of them to fill and to look up. */
-static void use_huge_pages(void *memory, int64_t bytes) {
+void llama_use_huge_pages(void *memory, int64_t bytes) {
 #if defined(__linux__)
     uintptr_t page = 4096, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
     if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* where it is refused, pages are small */
@@ -377,7 +377,6 @@ static void use_huge_pages(void *memory, int64_t bytes) {
 
 /* W (rows, runs, fours of four bytes) → blocks as the kernels read them; rows that are not there are zeros. */
 void llama_pack(const uint32_t *from, uint32_t *to, int64_t rows, int64_t runs, int64_t fours, int threads) {
-    use_huge_pages(to, (rows + LANES - 1) / LANES * LANES * runs * fours * 4);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t block = 0; block < (rows + LANES - 1) / LANES; block++) {
         const uint32_t *own = from + block * LANES * runs * fours;

@@ -3,6 +3,8 @@
 On a CPU our kernels read packed weights, 16 rows side by side (see quantized.c); elsewhere weights stay as stored.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
@@ -45,21 +47,35 @@ def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def pack(weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weights and scales as they are stored → as our kernels read them, the last block padded with zeros.
+    """Weights and scales as they are stored → as our kernels read them."""
+    return pack_rows([weight]), None if scales is None else pack_scales(scales)
+
+
+def pack_scales(scales: Tensor) -> Tensor:
+    """(R, C / 32) → (R / 16, C / 32, 16), the last block padded with zeros."""
+    padded = pad(scales, (0, 0, 0, -scales.shape[0] % LANES))
+    return padded.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+
+
+def pack_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Weights as they are stored, parts of whole rows one below the other → packed, the last block padded with zeros.
 
     int8 (R, C) → (R / 16, C / 32, 8, 64); int4 (R, C / 2) uint8 → (R / 16, C / 32, 4, 64); bfloat16 (R, C) →
-    (R / 16, C / 32, 16, 32). Scales (R, C / 32) → (R / 16, C / 32, 16).
+    (R / 16, C / 32, 16, 32). All parts but the last have a multiple of 16 rows.
     """
-    library, (rows, width) = load()[0], weight.shape
-    assert library is not None and weight.is_contiguous()
-    blocks, fours = -(-rows // LANES), RUN * weight.element_size() // (8 if weight.dtype == torch.uint8 else 4)
-    runs = width * weight.element_size() // 4 // fours
-    packed = torch.empty((blocks, runs, fours, LANES * 4 // weight.element_size()), dtype=weight.dtype)
-    library.llama_pack(weight.data_ptr(), packed.data_ptr(), rows, runs, fours, torch.get_num_threads())
-    if scales is None:
-        return packed, None
-    scales = pad(scales, (0, 0, 0, -rows % LANES)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
-    return packed, scales
+    library, first = load()[0], parts[0]
+    assert library is not None and not any(len(part) % LANES for part in parts[:-1])
+    blocks, size = -(-sum(map(len, parts)) // LANES), first.element_size()
+    fours = RUN * size // (8 if first.dtype == torch.uint8 else 4)
+    runs = first.shape[1] * size // 4 // fours
+    packed = torch.empty((blocks, runs, fours, LANES * 4 // size), dtype=first.dtype)
+    library.llama_use_huge_pages(packed.data_ptr(), packed.nbytes)
+    to = packed.data_ptr()
+    for part in parts:
+        assert part.is_contiguous() and part.shape[1] == first.shape[1]
+        library.llama_pack(part.data_ptr(), to, len(part), runs, fours, torch.get_num_threads())
+        to += part.nbytes
+    return packed
 
 
 def is_packed(weight: Tensor) -> bool:
