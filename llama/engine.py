@@ -162,14 +162,15 @@ class Engine:
     def _land(self) -> list[Request]:
         """Launch the next step, if it is of the same sequences too; then read the last one and hand its tokens out."""
         landing, self._ahead = self._ahead, None
-        if all(map(self._goes_on, landing.sequences)) and not (self.scheduler.waiting and self.scheduler.free):
-            self._ahead = self._launch(landing.sequences, 1)
-        tokens = landing.flight.tokens()
-        there = [(s, token) for s, token in zip(landing.sequences, tokens, strict=True) if s.request in self._sequences]
-        chunks = [Chunk(sequence, sequence.cached, sequence.cached + 1) for sequence, _ in there]
-        self.scheduler.commit(chunks)
-        self.computed_tokens += len(chunks)
+        chunks: list[Chunk] = []
         try:
+            if all(map(self._goes_on, landing.sequences)) and not (self.scheduler.waiting and self.scheduler.free):
+                self._ahead = self._launch(landing.sequences, 1)
+            tokens = zip(landing.sequences, landing.flight.tokens(), strict=True)
+            there = [(sequence, token) for sequence, token in tokens if sequence.request in self._sequences]
+            chunks = [Chunk(sequence, sequence.cached, sequence.cached + 1) for sequence, _ in there]
+            self.scheduler.commit(chunks)
+            self.computed_tokens += len(chunks)
             for sequence, token in there:
                 if token < 0:
                     self._fail(sequence)
