@@ -334,8 +334,9 @@ class Peer:
         self.device = device
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], new: int) -> None:
-        longest = max(map(len, prompts))
+    def generate(self, prompts: list[list[int]], new: int, longest: int = 0) -> None:
+        """`new` tokens after each prompt, all padded to `longest`, or to the longest of them."""
+        longest = longest or max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         self.model.generate(
@@ -356,12 +357,13 @@ class Peer:
         return batch * STEPS / (times[1] - times[0])
 
     def requests(self, sizes: Sizes) -> float:
-        """New tokens/s that were wanted, in batches of as many slots as ours."""
+        """New tokens/s that were wanted, in batches of as many slots as ours; of one shape, so that one is compiled."""
         wanted = wanted_requests(sizes)
+        batches = [[p for p, *_ in wanted[first : first + sizes.slots]] for first in range(0, len(wanted), sizes.slots)]
+        self.generate(batches[0], 4, sizes.lengths[1])
         begun = time.perf_counter()
-        for first in range(0, len(wanted), sizes.slots):
-            batch = wanted[first : first + sizes.slots]
-            self.generate([prompt for prompt, *_ in batch], max(new for _, new, _ in batch))
+        for batch in batches:
+            self.generate(batch, sizes.lengths[1], sizes.lengths[1])
         return sum(new for _, new, _ in wanted) / (time.perf_counter() - begun)
 
 
