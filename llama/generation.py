@@ -11,21 +11,15 @@ from typing import Any, TypedDict
 import torch
 from typing_extensions import Unpack
 
-from llama import checkpoint, memory, parallel
+from llama import memory, parallel
 from llama.chat import REFUSAL, ChatPrompt, Dialog, Message, check_dialog, format_dialog, has_special_tags
-from llama.checklist import verify as verify_checklist
 from llama.engine import Engine
-from llama.errors import CheckpointError, LlamaError, ParameterError, PromptError, TokenizerError
-from llama.kernels.library import why_not
-from llama.kv_cache import check_kv_dtype
+from llama.errors import LlamaError, ParameterError, PromptError
+from llama.loading import chosen, load
 from llama.model import Transformer
 from llama.output import ChatPrediction, CompletionPrediction, Output, Score, refused
-from llama.params_file import read_params
 from llama.request import Request, SamplingParams, derive_seed
 from llama.tokenizer import Tokenizer
-from llama.weight_format import check_format
-
-LLAMA_2_VOCABULARY = 32000
 
 
 class MoreSampling(TypedDict, total=False):
@@ -77,46 +71,21 @@ class Llama:
         `max_seq_len` is the most tokens of one sequence, prompt and completion; `max_batch_size` how many sequences
         are held at once (more may be asked for). `seed` None takes fresh entropy. `quantize` "int8" or "int4" holds the
         matrices in so many bits, `kv_dtype` "fp8" the KV cache in 8. `threads` is how many this process uses on a CPU
-        (None: `parallel.default_threads`).
-        `compile` runs the layers through torch.compile, which takes its time at the first steps. Raises a subclass of
-        LlamaError.
+        (None: `parallel.default_threads`). `compile` runs the layers through torch.compile, which takes its time at the
+        first steps. `verify` compares the files with their checklist.chk first. Raises a subclass of LlamaError.
         """
         started = time.perf_counter()
-        memory.check_sizes(
-            max_seq_len=max_seq_len,
-            max_batch_size=max_batch_size,
-            max_step_tokens=1 if max_step_tokens is None else max_step_tokens,
-            threads=1 if threads is None else threads,
-        )
         _check_seed(seed)
-        check_format(quantize)
-        place, wanted_dtype = parallel.choose_device(device), parallel.parse_dtype(dtype)
-        check_kv_dtype(kv_dtype, place)
-        if threads is not None or place.type == "cpu":
-            torch.set_num_threads(threads or parallel.default_threads())
-        parallel.initialize(place, model_parallel_size)
         folder = Path(ckpt_dir)
-        checkpoint.find_shards(folder)  # a missing file is said before what is in another
-        args, ignored = read_params(folder)
-        if verify and parallel.local_rank() == 0:  # once a machine; where it fails, torchrun ends the others
-            verify_checklist(folder, progress=parallel.rank() == 0)
-        tokenizer = Tokenizer(tokenizer_path)
-        shards = checkpoint.open_shards(folder)
-        args.vocab_size = _check_vocabulary(args.vocab_size, checkpoint.vocabulary(shards, folder), tokenizer)
-        args.max_seq_len, args.max_batch_size, args.kv_dtype = max_seq_len, max_batch_size, kv_dtype
-        step_tokens = max_step_tokens or memory.step_tokens(place)
-        model = checkpoint.load(folder, shards, args, place, wanted_dtype, step_tokens, quantize)
-        if compile:
-            from llama.compiled import compile_layers  # it brings in half of a compiler
-
-            compile_layers(model)
+        model, tokenizer, step_tokens = load(
+            folder, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, device=device, dtype=dtype,
+            quantize=quantize, kv_dtype=kv_dtype, threads=threads, compile=compile, verify=verify,
+            max_step_tokens=max_step_tokens,
+        )  # fmt: skip
         llama = Llama(model, tokenizer, seed=seed, max_step_tokens=step_tokens)
         llama.ckpt_dir = folder
-        if (args.quantize or place.type == "cuda") and (reason := why_not(place)):
-            parallel.say(f"llama: {reason}")
-        if ignored:
-            parallel.say(f"llama: ignored in params.json: {', '.join(ignored)}")
-        parallel.say(f"llama: {folder}, {llama._chosen()}, loaded in {time.perf_counter() - started:.2f} s")
+        seconds = time.perf_counter() - started
+        parallel.say(f"llama: {folder}, {chosen(model)}, seed={llama.seed}, loaded in {seconds:.2f} s")
         return llama
 
     def __init__(
@@ -134,18 +103,6 @@ class Llama:
         self.seed = parallel.agree(secrets.randbits(63), model.device) if seed is None else seed
         self.engine = Engine(model, model.params.max_batch_size, model.params.max_seq_len, max_step_tokens)
         self._requests_made = 0
-
-    def _chosen(self) -> str:
-        """What `build` chose, for its one line."""
-        model, mp, world = self.model, parallel.model_parallel_size(), parallel.world_size()
-        split = f"split over {mp} processes" if mp > 1 else "1 process"
-        replicas = f" × {world // mp} replicas" if world > mp else ""
-        bits = f"{model.params.quantize} weights, " if model.params.quantize else ""
-        cache = f", cache in {model.params.kv_dtype}" if model.params.kv_dtype else ""
-        return (
-            f"{bits}{str(model.dtype).removeprefix('torch.')}{cache} on {model.device}, {split}{replicas},"
-            f" max_seq_len={model.params.max_seq_len}, max_batch_size={model.params.max_batch_size}, seed={self.seed}"
-        )
 
     def generate(
         self,
@@ -443,19 +400,3 @@ def _as_it_is(text: str) -> str:
 
 def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
-
-
-def _check_vocabulary(declared: int, weights: int, tokenizer: Tokenizer) -> int:
-    """The vocabulary size, on which params.json (−1: not said), the weights and the tokenizer must agree."""
-    found = tokenizer.n_words
-    if weights == found and declared in (-1, found):
-        return found
-    said = "nothing" if declared == -1 else str(declared)
-    facts = (
-        f"the weights have {weights} tokens, the tokenizer {tokenizer.model_path} has {found}, params.json says {said}"
-    )
-    if declared == weights or (declared == -1 and weights == LLAMA_2_VOCABULARY):
-        raise TokenizerError(f"{facts}: the tokenizer looks wrong; use the one that came with these weights")
-    if declared == found or (declared == -1 and found == LLAMA_2_VOCABULARY):
-        raise CheckpointError(f"{facts}: the weights look wrong; use those that belong to this tokenizer")
-    raise TokenizerError(f"{facts}: they do not belong together, and the tokenizer looks wrong; use the weights' own")
