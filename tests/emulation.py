@@ -4,6 +4,7 @@ import importlib
 import math
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -57,8 +58,16 @@ def emulate_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def gpu() -> ModuleType:
     """Our kernels for CUDA: on a GPU where there is one, else interpreted (see conftest), without bfloat16 products."""
-    pytest.importorskip("triton", reason="needs Triton")
+    triton = pytest.importorskip("triton", reason="needs Triton")
+    old, new_numpy = version_of(triton.__version__) < (3, 8), version_of(np.__version__) >= (2, 4)
+    if old and new_numpy and not torch.cuda.is_available():
+        pytest.skip(f"the interpreter of Triton {triton.__version__} needs NumPy before 2.4")
     return importlib.import_module("llama.kernels.gpu")
+
+
+def version_of(text: str) -> tuple[int, int]:
+    major, minor, *_ = text.split(".")
+    return int(major), int(minor)
 
 
 @pytest.fixture
