@@ -59,6 +59,8 @@ def emulate_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu() -> ModuleType:
     """Our kernels for CUDA: on a GPU where there is one, else interpreted (see conftest), without bfloat16 products."""
     triton = pytest.importorskip("triton", reason="needs Triton")
+    if missing := library.no_gpu():
+        pytest.skip(missing)
     old, new_numpy = version_of(triton.__version__) < (3, 8), version_of(np.__version__) >= (2, 4)
     if old and new_numpy and not torch.cuda.is_available():
         pytest.skip(f"the interpreter of Triton {triton.__version__} needs NumPy before 2.4")

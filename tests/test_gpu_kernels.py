@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -291,7 +291,8 @@ for dtype in (torch.bfloat16, torch.float16):
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_every_kernel_compiles(capability: int) -> None:
     """To machine code of Ampere, Ada and Hopper, as it would be launched; with memory that their cores have."""
-    pytest.importorskip("triton", reason="needs Triton")
+    if missing := library.no_gpu():
+        pytest.skip(missing)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     words = [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -303,30 +304,30 @@ def test_every_kernel_compiles(capability: int) -> None:
     assert max(int(shared) for _, shared in seen) <= 99 * 1024
 
 
-def test_they_can_be_left_out() -> None:
-    code = "from llama.kernels.library import *; print(load_gpu())"
-    environment = {**os.environ, "LLAMA_KERNELS": "none"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.stdout == "None\n", done.stderr
-
-
 def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA, in 16 bits, where there is Triton; what is missing is said in one line."""
+    """On CUDA, in 16 bits, with a Triton that can compile them; what is missing is said in one line."""
 
     class OnCUDA:
         device, dtype = torch.device("cuda", 0), torch.bfloat16
 
     kernels = object()
-    monkeypatch.setattr(library, "load_gpu", lambda: kernels)
-    assert library.gpu_kernels(OnCUDA()) is kernels
-    assert library.gpu_kernels(torch.empty(0, dtype=torch.bfloat16)) is None
-    monkeypatch.setattr(OnCUDA, "dtype", torch.float32)
-    assert library.gpu_kernels(OnCUDA()) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "load_gpu", lambda: kernels)
+        assert library.gpu_kernels(OnCUDA()) is kernels
+        assert library.gpu_kernels(torch.empty(0, dtype=torch.bfloat16)) is None
+        patch.setattr(OnCUDA, "dtype", torch.float32)
+        assert library.gpu_kernels(OnCUDA()) is None
+    no_gpu = library.no_gpu.__wrapped__
+    monkeypatch.setattr(library, "no_gpu", no_gpu)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.10.0+git1"))
     assert library.why_not(OnCUDA.device) is None
-    monkeypatch.setattr(library, "load_gpu", lambda: None)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.2.0"))
+    assert library.load_gpu() is None
     assert library.why_not(OnCUDA.device) == (
-        "no kernels of ours (no Triton: pip install triton): PyTorch's operators are used, which are slower"
+        "no compiled kernels (Triton 3.2.0 is older than 3.5): PyTorch's operators are used, which are slower"
     )
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "(Triton is not installed)" in library.why_not(OnCUDA.device)
     monkeypatch.setenv("LLAMA_KERNELS", "none")
-    assert "(LLAMA_KERNELS=none)" in library.why_not(OnCUDA.device)
+    assert no_gpu() == "LLAMA_KERNELS=none" and library.load_gpu() is None
     assert library.why_not(torch.device("mps")) is None

@@ -60,9 +60,9 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the int
 
 
 @triton.jit
-def _from_int8(q, scale, DTYPE: tl.constexpr):
-    """Integers (R, G · 32) times the float16 scales (R, G) of their groups."""
-    if tl.bfloat16 == DTYPE:
+def _from_int8(q, scale, x):
+    """Integers (R, G · 32) times the float16 scales (R, G) of their groups, in the dtype of x."""
+    if x.dtype == tl.bfloat16:
         wide = scale.to(tl.float32)
         numbers = tl.inline_asm_elementwise(
             INT8_TO_BFLOAT16, "=r,=r,r,r,r,r,r,r,r,r,r", [q, _spread(wide, 32), _spread(wide * -32896.0, 32)],
@@ -130,7 +130,7 @@ def _product_kernel(
             wide = _spread(scale.to(tl.float32), EACH)
             total = tl.dot((q.to(tl.float32) * wide).to(low_x.dtype), low_x, total)
         else:
-            total = tl.dot(_from_int8(q, scale, low_x.dtype), low_x, total)
+            total = tl.dot(_from_int8(q, scale, low_x), low_x, total)
     at = y + row[None, :].to(tl.int64) * outputs + out[:, None]
     tl.store(at, total.to(y.dtype.element_ty), mask=there & rows_there)
 

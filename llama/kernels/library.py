@@ -11,6 +11,7 @@ from torch import Tensor
 
 VARIANTS = ("portable", "avx2", "avx512", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+OLDEST_TRITON = (3, 5)  # PyTorch 2.9 has it
 _HALF = (torch.bfloat16, torch.float16)
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
@@ -46,25 +47,34 @@ def gpu_kernels(x: Tensor) -> ModuleType | None:
     return load_gpu()
 
 
-@functools.cache
-def load_gpu() -> ModuleType | None:
-    if os.environ.get("LLAMA_KERNELS") == "none":
-        return None
-    try:
-        from llama.kernels import gpu
-    except ImportError:
-        return None
-    return gpu
-
-
 def why_not(device: torch.device) -> str | None:
     """Why this device has no kernels of ours, in one line; None where it has."""
-    used = "PyTorch's operators are used, which are slower"
-    if device.type == "cuda":
-        why = "LLAMA_KERNELS=none" if os.environ.get("LLAMA_KERNELS") == "none" else "no Triton: pip install triton"
-        return None if load_gpu() else f"no kernels of ours ({why}): {used}"
-    library, reason = load()
-    return f"no compiled kernels ({reason}): {used}" if device.type == "cpu" and not library else None
+    missing = no_gpu() if device.type == "cuda" else None if load()[0] or device.type != "cpu" else load()[1]
+    if missing is None:
+        return None
+    return f"no compiled kernels ({missing}): PyTorch's operators are used, which are slower"
+
+
+@functools.cache
+def no_gpu() -> str | None:
+    """Why gpu.py cannot be used; None where it can."""
+    if os.environ.get("LLAMA_KERNELS") == "none":
+        return "LLAMA_KERNELS=none"
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    return None
+
+
+def load_gpu() -> ModuleType | None:
+    if no_gpu():
+        return None
+    from llama.kernels import gpu
+
+    return gpu
 
 
 def variant() -> int:
