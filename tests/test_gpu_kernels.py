@@ -45,6 +45,17 @@ def test_products_agree_with_plain_arithmetic(gpu: ModuleType, name: str, dtype:
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_dequantised_weights_are_those_of_plain_arithmetic(gpu: ModuleType, name: str, dtype: torch.dtype) -> None:
+    for outputs, inputs in ((1, 32), (16, 256), (35, 544)):
+        q, scales = QUANTIZE[name](torch.randn(outputs, inputs))
+        found = gpu.dequantize(q.to(DEVICE), scales.to(DEVICE), dtype).cpu()
+        expected = DEQUANTIZE[name](q, scales)
+        assert found.shape == expected.shape and found.dtype == dtype
+        torch.testing.assert_close(found.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] / 4)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
 def test_what_is_not_finite_stays_in_its_row(gpu: ModuleType, name: str) -> None:
     q, scales = (t.to(DEVICE) for t in QUANTIZE[name](torch.randn(20, 64)))
     x = torch.randn(3, 64).half().to(DEVICE)
@@ -125,7 +136,7 @@ def test_a_model_computes_the_same_through_them(
     build: Callable[..., Llama], gpu: ModuleType, gpu_path: None, monkeypatch: pytest.MonkeyPatch, options: dict
 ) -> None:
     """In float32, prompts, single tokens, and decode steps ahead of the host, against PyTorch's operators."""
-    prompts = [[1, 5, 9, 200, 17], [1, 7]]
+    prompts = [[1, *range(5, 75)], [1, 7]]
     params = SamplingParams(temperature=0, max_gen_len=5, logprobs=True)
     if "kv_dtype" in options:  # see above
         monkeypatch.setattr(gpu, "turn_and_store", stored_by_pytorch)
@@ -275,6 +286,7 @@ for dtype in (torch.bfloat16, torch.float16):
         q, scales = QUANTIZE[form](torch.randn(64, 256))
         for n in (1, 3, 32, 64):
             gpu.product(torch.randn(n, 256).to(dtype), q, scales, 64)
+        gpu.dequantize(q, scales, dtype)
     for kept in (dtype, torch.float8_e4m3fn) if int(sys.argv[1]) >= 89 else (dtype,):
         for head_dim, kv_heads in ((128, 8), (128, 1), (24, 2)):
             cache = torch.zeros(kv_heads, 3, 4096, head_dim, dtype=kept)
@@ -299,7 +311,8 @@ def test_every_kernel_compiles(capability: int) -> None:
     assert done.returncode == 0, done.stderr
     seen = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, _ in seen} == {
-        "_product_kernel", "_attend_kernel", "_join_kernel", "_norm_kernel", "_gate_kernel", "_turn_kernel",
+        "_product_kernel", "_dequantize_kernel", "_attend_kernel", "_join_kernel", "_norm_kernel", "_gate_kernel",
+        "_turn_kernel",
     }  # fmt: skip
     assert max(int(shared) for _, shared in seen) <= 99 * 1024
 

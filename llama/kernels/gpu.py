@@ -97,6 +97,24 @@ def _spread(scale, EACH: tl.constexpr):
 
 
 @triton.jit
+def _numbers(q, scale, like, EACH: tl.constexpr, FOUR_BITS: tl.constexpr):
+    """The numbers of bytes (R, G · EACH) with scales (R, G), in the dtype of `like`; of int8 twice the same."""
+    if INTERPRETED:
+        wide = _spread(scale.to(tl.float32), EACH)
+        if FOUR_BITS:
+            low, high = ((q & 15).to(tl.float32) - 8) * wide, ((q >> 4).to(tl.float32) - 8) * wide
+        else:
+            low, high = q.to(tl.float32) * wide, q.to(tl.float32) * wide
+        low, high = low.to(like.dtype), high.to(like.dtype)
+    elif FOUR_BITS:
+        low, high = _from_int4(q, _spread(scale.to(like.dtype), EACH))
+    else:
+        low = _from_int8(q, scale, like)
+        high = low
+    return low, high
+
+
+@triton.jit
 def _product_kernel(
     x, weight, scales, y, n, inputs, outputs, held, groups,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, FOUR_BITS: tl.constexpr,
@@ -117,20 +135,11 @@ def _product_kernel(
         q = tl.load(w + first * EACH, mask=there & inside[None, :], other=0)
         scale = tl.load(s + first, mask=there & inside_group[None, :], other=0.0)
         low_x = tl.load(column + first * GROUP, mask=rows_there & inside[:, None], other=0.0)
+        low, high = _numbers(q, scale, low_x, EACH, FOUR_BITS)
+        total = tl.dot(low, low_x, total)
         if FOUR_BITS:
             high_x = tl.load(column + first * GROUP + EACH, mask=rows_there & inside[:, None], other=0.0)
-            if INTERPRETED:
-                wide = _spread(scale.to(tl.float32), EACH)
-                low, high = ((q & 15).to(tl.float32) - 8) * wide, ((q >> 4).to(tl.float32) - 8) * wide
-            else:
-                low, high = _from_int4(q, _spread(scale.to(low_x.dtype), EACH))
-            total = tl.dot(low.to(low_x.dtype), low_x, total)
-            total = tl.dot(high.to(low_x.dtype), high_x, total)
-        elif INTERPRETED:
-            wide = _spread(scale.to(tl.float32), EACH)
-            total = tl.dot((q.to(tl.float32) * wide).to(low_x.dtype), low_x, total)
-        else:
-            total = tl.dot(_from_int8(q, scale, low_x), low_x, total)
+            total = tl.dot(high, high_x, total)
     at = y + row[None, :].to(tl.int64) * outputs + out[:, None]
     tl.store(at, total.to(y.dtype.element_ty), mask=there & rows_there)
 
@@ -150,6 +159,38 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, outputs: int) -> Tensor:
         INPUTS=_INPUTS[rows], FOUR_BITS=four_bits, num_warps=1, num_stages=4 if four_bits and rows == 8 else 3,
     )  # fmt: skip
     return y
+
+
+@triton.jit
+def _dequantize_kernel(
+    weight, scales, to, inputs, outputs, held, groups,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, FOUR_BITS: tl.constexpr,
+):  # fmt: skip
+    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    first = tl.program_id(1) * (INPUTS // GROUP)
+    EACH: tl.constexpr = GROUP // 2 if FOUR_BITS else GROUP
+    byte, group = tl.arange(0, INPUTS // GROUP * EACH), tl.arange(0, INPUTS // GROUP)
+    there = (out[:, None] < outputs) & (byte < (groups - first) * EACH)[None, :]
+    there_group = (out[:, None] < outputs) & (group < groups - first)[None, :]
+    row = out[:, None].to(tl.int64)
+    q = tl.load(weight + row * held + first * EACH + byte[None, :], mask=there, other=0)
+    scale = tl.load(scales + row * groups + first + group[None, :], mask=there_group, other=0.0)
+    low, high = _numbers(q, scale, tl.zeros((1,), to.dtype.element_ty), EACH, FOUR_BITS)
+    at = to + row * inputs + first * GROUP + (byte // EACH * GROUP + byte % EACH)[None, :]
+    tl.store(at, low, mask=there)
+    if FOUR_BITS:
+        tl.store(at + EACH, high, mask=there)
+
+
+def dequantize(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 (R, C) or int4 (R, C / 2), and scales (R, C / 32) → (R, C) in a dtype of 16 bits, rounded as in products."""
+    (outputs, groups), four_bits = scales.shape, weight.dtype == torch.uint8
+    to = torch.empty((outputs, groups * GROUP.value), dtype=dtype, device=weight.device)
+    _dequantize_kernel[(triton.cdiv(outputs, 16), triton.cdiv(groups, 8))](
+        weight, scales, to, to.shape[1], outputs, weight.shape[1], groups, OUTPUTS=16, INPUTS=256,
+        FOUR_BITS=four_bits, num_warps=4,
+    )  # fmt: skip
+    return to
 
 
 # ------------------------------------------------------------------------------------------------- attention

@@ -87,8 +87,9 @@ def packed_product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: in
     if torch.compiler.is_compiling():
         return torch.ops.llama.packed_product(x, weight, scales, outputs)
     n, inputs = x.shape
-    if (gpu := gpu_kernels(x)) and n <= gpu.MOST_ROWS:
-        return gpu.product(x, weight, scales, outputs)
+    if gpu := gpu_kernels(x):
+        few = n <= gpu.MOST_ROWS
+        return gpu.product(x, weight, scales, outputs) if few else linear(x, gpu.dequantize(weight, scales, x.dtype))
     library = usable(x)
     if not is_packed(weight) or library is None or n > library.llama_most_rows(DTYPES[x.dtype], variant()):
         return _by_blocks(x, weight, scales, outputs)
