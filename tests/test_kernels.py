@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,9 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama.kernels import library, quantized
-from llama.quantization import QUANTIZE, dequantize_int4, dequantize_int8
+from llama.quantization import DEQUANTIZE, QUANTIZE
 
-DEQUANTIZE = {"int8": dequantize_int8, "int4": dequantize_int4}
 BEST = library.VARIANTS[library.load()[0].llama_variant()] if library.load()[0] else None
 VARIANTS = library.VARIANTS[: library.VARIANTS.index(BEST) + 1] if BEST else ()
 needs_kernels = pytest.mark.skipif(not library.load()[0], reason=f"{library.why_not(torch.device('cpu'))}")
@@ -27,6 +28,16 @@ TOLERANCE = {torch.float32: 0.012, torch.bfloat16: 0.012}
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(quantized, "variant", lambda: library.VARIANTS.index(request.param))
     return request.param
+
+
+@contextmanager
+def threads_set(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def product(x: Tensor, q: Tensor, scales: Tensor | None) -> Tensor:
@@ -74,12 +85,8 @@ def test_random_shapes_agree(
     x = x.bfloat16() if half else x
     q, scales = QUANTIZE[name](weight)
     assert DEQUANTIZE[name](q, scales).equal(weight)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_set(threads):
         y = product(x, q, scales)
-    finally:
-        torch.set_num_threads(before)
     expected = reference(x, q, scales, name)
     size = x.double().abs() @ weight.double().abs().T
     assert ((y.double() - expected).abs() <= size * (2**-8 if half else 1e-5)).all()
@@ -99,11 +106,9 @@ def test_results_depend_on_neither_threads_nor_neighbours(variant: str, name: st
         whole = product(x[: sizes[-1]], q, scales)
         for n in sizes:
             assert product(x[:n], q, scales).equal(whole[:n])
-        before = torch.get_num_threads()
         for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            assert product(x[: sizes[-1]], q, scales).equal(whole)
-        torch.set_num_threads(before)
+            with threads_set(threads):
+                assert product(x[: sizes[-1]], q, scales).equal(whole)
 
 
 @pytest.mark.skipif(BEST != "amx", reason="bfloat16 weights are packed where there are tiles for them")
@@ -114,12 +119,8 @@ def test_bfloat16_weights_agree_too(n: int, outputs: int, runs: int, threads: in
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randint(-7, 8, (outputs, runs * 32), generator=generator).bfloat16()
     x = torch.randint(-100, 101, (n, runs * 32), generator=generator).bfloat16()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_set(threads):
         y = product(x, weight, None)
-    finally:
-        torch.set_num_threads(before)
     assert y.equal((x.float() @ weight.float().T).bfloat16())
 
 
