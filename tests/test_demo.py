@@ -6,6 +6,8 @@ import itertools
 import json
 import random
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -236,3 +238,12 @@ def test_the_demo_completes_unseen_openings(quality: dict[str, train_demo.Score]
     """Every story ends by itself, and nearly all are such as the grammar could have written."""
     assert quality["stories: ended"].share == 1
     assert quality["stories: consistent"].share >= 0.93
+
+
+def test_the_readmes_first_example_is_what_is_printed() -> None:
+    """In bfloat16, as a user would run it, on any machine."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    shown = next(i for i, line in enumerate(lines) if line.startswith("$ llama complete"))
+    words = shlex.split(lines[shown])[3:]
+    done = subprocess.run([sys.executable, "-m", "llama", "complete", *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == lines[shown + 3] + "\n", done.stderr
