@@ -33,7 +33,7 @@ from llama.decode_loop import as_it_is
 from llama.engine import Engine
 from llama.kernels.quantized import can_pack, pack
 from llama.model import ModelArgs, Transformer
-from llama.quantization import QUANTIZE
+from llama.quantization import DEQUANTIZE, QUANTIZE
 from llama.request import Request
 from llama.step import Step
 from llama.weight_format import format_of
@@ -144,12 +144,8 @@ def check(device: torch.device) -> list[list[str]]:
 
 def as_held(name: str, weight: torch.Tensor, quantize: str | None) -> torch.Tensor:
     """A parameter as the quantised model has it."""
-    from llama.quantization import dequantize_int4, dequantize_int8
-
     form = format_of(name, quantize)
-    if form is None:
-        return weight
-    return (dequantize_int8 if form == "int8" else dequantize_int4)(*QUANTIZE[form](weight))
+    return DEQUANTIZE[form](*QUANTIZE[form](weight)) if form else weight
 
 
 def chunks_and_singles(llama: Llama) -> tuple[torch.Tensor, list[int]]:

@@ -236,7 +236,7 @@ def _whole_rows(
 ) -> list[Tensor]:
     """This rank's slices of several tensors, one below the other, as they lie in the files.
 
-    None where they are not whole rows of `dtype`, or where one but the last ends within a block of packed weights.
+    An empty list where they are not whole rows of `dtype`, or one but the last ends within a block of packed weights.
     """
     found: list[Tensor] = []
     for name in names:

@@ -43,7 +43,7 @@ def _register() -> None:
         return
     schema = "(Tensor x, Tensor weight, Tensor? scales, SymInt outputs) -> Tensor"
     torch.library.define("llama::packed_product", schema)
-    torch.library.impl("llama::packed_product", ("cpu", "cuda"))(packed_product)
+    torch.library.impl("llama::packed_product", ("cpu", "cuda", "mps"))(packed_product)
 
     @torch.library.register_fake("llama::packed_product")
     def shape_of(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
@@ -18,29 +18,8 @@ from llama.errors import LlamaError, ParameterError, PromptError
 from llama.loading import chosen, load
 from llama.model import Transformer
 from llama.output import ChatPrediction, CompletionPrediction, Output, Score, refused
-from llama.request import Request, SamplingParams, derive_seed
+from llama.request import MoreSampling, Request, SamplingParams, derive_seed
 from llama.tokenizer import Tokenizer
-
-
-class MoreSampling(TypedDict, total=False):
-    """The fields of `SamplingParams` beside those that Meta's runner has as positional parameters."""
-
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    min_gen_len: int
-    stop: Sequence[str]
-    stop_token_ids: Sequence[int]
-    bad_words: Sequence[Sequence[int]]
-    logit_bias: dict[int, float]
-    seed: int | None
-    n: int
-    num_beams: int
-    length_penalty: float
-    top_logprobs: int
-
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 

@@ -43,6 +43,9 @@ def dequantize_int4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.f
     return (groups * scales.float()[..., None]).flatten(1).to(dtype)
 
 
+DEQUANTIZE = {"int8": dequantize_int8, "int4": dequantize_int4}
+
+
 def _by_rows(weight: Tensor, quantize: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Quantise some rows at a time, into what is allocated once."""
     parts = [quantize(rows) for rows in weight.split(max(1, ROWS // weight.shape[1]))]

@@ -5,7 +5,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from llama.errors import ParameterError
 
@@ -95,6 +95,26 @@ class SamplingParams:
         return not (
             self.logit_bias or self.bad_words or self.min_gen_len or self.presence_penalty or self.frequency_penalty
         ) and (self.repetition_penalty == 1)
+
+
+class MoreSampling(TypedDict, total=False):
+    """The fields of `SamplingParams` beside those that Meta's runner has as positional parameters."""
+
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    min_gen_len: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    bad_words: Sequence[Sequence[int]]
+    logit_bias: dict[int, float]
+    seed: int | None
+    n: int
+    num_beams: int
+    length_penalty: float
+    top_logprobs: int
 
 
 @dataclass(slots=True, eq=False)

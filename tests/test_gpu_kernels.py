@@ -19,10 +19,9 @@ from llama.decode_loop import DecodeLoop, as_it_is
 from llama.kernels import library, small
 from llama.kv_cache import FLOAT8, KVCache
 from llama.model import rope_table
-from llama.quantization import QUANTIZE, dequantize_int4, dequantize_int8
+from llama.quantization import DEQUANTIZE, QUANTIZE
 
 __all__ = ["flash_kernel", "gpu", "gpu_path"]
-DEQUANTIZE = {"int8": dequantize_int8, "int4": dequantize_int4}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.cuda)]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -6,9 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import quantization
-from llama.quantization import QUANTIZE, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
-
-DEQUANTIZE = {"int8": dequantize_int8, "int4": dequantize_int4}
+from llama.quantization import DEQUANTIZE, QUANTIZE, dequantize_int4, quantize_int4, quantize_int8
 
 
 def round_trip(name: str, weight: torch.Tensor) -> torch.Tensor:

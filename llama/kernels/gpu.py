@@ -37,25 +37,25 @@ INT8_TO_FLOAT16 = tl.constexpr("""{ .reg .b32 u, a, b, one, less;
     fma.rn.f16x2 a, a, one, less; fma.rn.f16x2 b, b, one, less;
     mul.f16x2 $0, a, $3; mul.f16x2 $1, b, $4; }""")
 # From int4 to $0 $1, the low halves of the bytes, and $2 $3, the high ones: the bytes are $4, the scales $5 $6.
-INT4_TO_BFLOAT16 = tl.constexpr("""{ .reg .b32 t, v, a, b, c, d, one, less, zero;
-    mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308; mov.b32 zero, 0x80008000;
+_FROM_INT4 = """{ .reg .b32 t, v, a, b, c, d, one, less, zero;
+    mov.b32 one, ONE; mov.b32 less, LESS; mov.b32 zero, 0x80008000;
     prmt.b32 t, $4, 0, 0x4140; prmt.b32 v, $4, 0, 0x4342;
-    lop3.b32 a, t, 0x000F000F, 0x43004300, 0xEA; lop3.b32 b, v, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 a, t, 0x000F000F, POWER, 0xEA; lop3.b32 b, v, 0x000F000F, POWER, 0xEA;
     shr.b32 t, t, 4; shr.b32 v, v, 4;
-    lop3.b32 c, t, 0x000F000F, 0x43004300, 0xEA; lop3.b32 d, v, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 a, a, one, less; fma.rn.bf16x2 b, b, one, less;
-    fma.rn.bf16x2 c, c, one, less; fma.rn.bf16x2 d, d, one, less;
-    fma.rn.bf16x2 $0, a, $5, zero; fma.rn.bf16x2 $1, b, $6, zero;
-    fma.rn.bf16x2 $2, c, $5, zero; fma.rn.bf16x2 $3, d, $6, zero; }""")
-INT4_TO_FLOAT16 = tl.constexpr("""{ .reg .b32 t, v, a, b, c, d, one, less;
-    mov.b32 one, 0x3C003C00; mov.b32 less, 0xE408E408;
-    prmt.b32 t, $4, 0, 0x4140; prmt.b32 v, $4, 0, 0x4342;
-    lop3.b32 a, t, 0x000F000F, 0x64006400, 0xEA; lop3.b32 b, v, 0x000F000F, 0x64006400, 0xEA;
-    shr.b32 t, t, 4; shr.b32 v, v, 4;
-    lop3.b32 c, t, 0x000F000F, 0x64006400, 0xEA; lop3.b32 d, v, 0x000F000F, 0x64006400, 0xEA;
-    fma.rn.f16x2 a, a, one, less; fma.rn.f16x2 b, b, one, less;
-    fma.rn.f16x2 c, c, one, less; fma.rn.f16x2 d, d, one, less;
-    mul.f16x2 $0, a, $5; mul.f16x2 $1, b, $6; mul.f16x2 $2, c, $5; mul.f16x2 $3, d, $6; }""")
+    lop3.b32 c, t, 0x000F000F, POWER, 0xEA; lop3.b32 d, v, 0x000F000F, POWER, 0xEA;
+    fma.rn.PAIR a, a, one, less; fma.rn.PAIR b, b, one, less; fma.rn.PAIR c, c, one, less; fma.rn.PAIR d, d, one, less;
+    fma.rn.PAIR $0, a, $5, zero; fma.rn.PAIR $1, b, $6, zero;
+    fma.rn.PAIR $2, c, $5, zero; fma.rn.PAIR $3, d, $6, zero; }"""
+
+
+def _from_int4_in(pair: str, one: str, power: str, less: str) -> tl.constexpr:
+    """With two numbers a register: 1, the power of two, and less the power and 8."""
+    code = _FROM_INT4.replace("PAIR", pair).replace("ONE", one).replace("POWER", power).replace("LESS", less)
+    return tl.constexpr(code)
+
+
+INT4_TO_BFLOAT16 = _from_int4_in("bf16x2", "0x3F803F80", "0x43004300", "0xC308C308")
+INT4_TO_FLOAT16 = _from_int4_in("f16x2", "0x3C003C00", "0x64006400", "0xE408E408")
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter has no PTX
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from llama.kernels.library import DTYPES, VARIANTS, gpu_kernels, load, usable, variant
-from llama.quantization import QUANTIZE, dequantize_int4, dequantize_int8
+from llama.quantization import DEQUANTIZE, QUANTIZE
 from llama.weight_format import FORMATS
 
 LANES, RUN = 16, 32  # rows of a block; inputs of a run
@@ -118,7 +118,7 @@ def _by_blocks(x: Tensor, q: Tensor, scales: Tensor, outputs: int) -> Tensor:
 def dequantize(q: Tensor, scales: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """Contiguous integers and scales, packed or as they are stored → weights (rows, C) in `dtype`."""
     if not is_packed(q):
-        return (dequantize_int8 if q.dtype == torch.int8 else dequantize_int4)(q, scales, dtype)
+        return DEQUANTIZE["int8" if q.dtype == torch.int8 else "int4"](q, scales, dtype)
     weights = torch.empty((rows, scales.shape[1] * 32), dtype=dtype)
     library = usable(weights)
     assert library is not None  # packed weights are for our kernels
