@@ -32,21 +32,13 @@ class Singles:
 
 
 @dataclass(frozen=True, slots=True)
-class OnDevice:
-    """Single queries for our kernel on CUDA: where each is, which only the device needs to know."""
-
-    slots: Tensor  # (n,) int64
-    positions: Tensor  # (n,) int64
-
-
-@dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """How a step's spans are computed: the same in every layer, so made once a step."""
 
     spans: list[SpanMask]
     singles: Singles | None = None
     packed: Packed | None = None  # all spans, for the flash kernel
-    decode: OnDevice | None = None  # all spans, of one token each
+    decode: Step | None = None  # a decode step for our kernel on CUDA: where its queries are only the device knows
 
 
 def plan(step: Step, cache: KVCache) -> AttentionPlan:
@@ -56,7 +48,7 @@ def plan(step: Step, cache: KVCache) -> AttentionPlan:
     position 0, and a single query sees all that its slot holds.
     """
     if step.decodes and on_device(cache):
-        return AttentionPlan([], decode=OnDevice(step.slots, step.positions))
+        return AttentionPlan([], decode=step)
     if can_run(cache.keys[0]):
         return AttentionPlan([], packed=pack(step, cache))
     together = usable(cache.keys[0]) is not None and cache.keys[0].shape[-1] <= MOST_HEAD_DIM

@@ -20,6 +20,7 @@ from llama.step import Step
 
 WORTH_CAPTURE = 8  # steps of a kind after which it is captured: that takes about as long as some dozen steps
 Work = Callable[[], None]
+Tokens = Callable[[], list[int]]  # waits for a step: the token of each row, −1 where its logits are not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,6 @@ class Row:
     top_p: float
     top_k: int
     min_p: float
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A step on its way."""
-
-    tokens: Callable[[], list[int]]  # waits for it: the token of each row, −1 where its logits are not finite
 
 
 def can_loop(model: Transformer, cache: KVCache) -> bool:
@@ -104,7 +98,7 @@ class DecodeLoop:
         self._floats[:, : len(padded)] = torch.tensor(floats, dtype=torch.float32).T.to(self._floats.device)
 
     @torch.inference_mode()
-    def launch(self, noise: Sequence[float]) -> Flight:
+    def launch(self, noise: Sequence[float]) -> Tokens:
         """Do a step; `noise` has a number in [0, 1) for each row."""
         turn, self._launches = self._launches % 2, self._launches + 1
         size = next(size for size in self.sizes if size >= self._rows)
@@ -113,7 +107,7 @@ class DecodeLoop:
             host.copy_(torch.tensor([*noise, *[noise[0]] * (size - self._rows)]))
             self._floats[3, :size].copy_(host, non_blocking=True)
         self._work(size, self._greedy)()
-        return self._flight(self._read[turn, : self._rows])
+        return self._tokens(self._read[turn, : self._rows])
 
     def _work(self, size: int, greedy: bool) -> Work:
         """The step of so many rows: as it is the first times, which fills what is made once; then captured."""
@@ -147,11 +141,11 @@ class DecodeLoop:
         tokens.copy_(chosen[source])  # a row that pads stays what it repeats, however the two are rounded
         positions += 1
 
-    def _flight(self, host: Tensor) -> Flight:
+    def _tokens(self, host: Tensor) -> Tokens:
         """Begin to copy the tokens to the host."""
         host.copy_(self._chosen[: self._rows], non_blocking=True)
         if self._chosen.device.type != "cuda":
-            return Flight(host.tolist)
+            return host.tolist
         arrived = torch.cuda.Event()
         arrived.record()
 
@@ -159,7 +153,7 @@ class DecodeLoop:
             arrived.synchronize()
             return host.tolist()
 
-        return Flight(tokens)
+        return tokens
 
 
 def _sizes(rows: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama.beam_search import beam_search
-from llama.decode_loop import DecodeLoop, Flight, Row, can_loop
+from llama.decode_loop import DecodeLoop, Row, Tokens, can_loop
 from llama.errors import LlamaError, NumericalError, ParameterError, PromptError
 from llama.kernels.small import choose
 from llama.model import Transformer
@@ -26,7 +26,7 @@ class Ahead:
     """A decode step that was launched and not read yet, and whose it is."""
 
     sequences: list[Sequence]
-    flight: Flight
+    tokens: Tokens
 
 
 class Engine:
@@ -166,7 +166,7 @@ class Engine:
         try:
             if all(map(self._goes_on, landing.sequences)) and not (self.scheduler.waiting and self.scheduler.free):
                 self._ahead = self._launch(landing.sequences, 1)
-            tokens = zip(landing.sequences, landing.flight.tokens(), strict=True)
+            tokens = zip(landing.sequences, landing.tokens(), strict=True)
             there = [(sequence, token) for sequence, token in tokens if sequence.request in self._sequences]
             chunks = [Chunk(sequence, sequence.cached, sequence.cached + 1) for sequence, _ in there]
             self.scheduler.commit(chunks)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_engine import is_clean, prompts_of
 
 from llama import Llama, SamplingParams
-from llama.decode_loop import WORTH_CAPTURE, DecodeLoop, Flight, Row, Work, _sizes, as_it_is, can_loop
+from llama.decode_loop import WORTH_CAPTURE, DecodeLoop, Row, Tokens, Work, _sizes, as_it_is, can_loop
 from llama.engine import Engine
 from llama.errors import NumericalError
 from llama.kv_cache import KVCache
@@ -37,16 +37,16 @@ class Watched(DecodeLoop):
         self.noted.append(f"load {len(rows)}")
         super().load(rows)
 
-    def launch(self, noise: Sequence[float]) -> Flight:
-        flight = super().launch(noise)
+    def launch(self, noise: Sequence[float]) -> Tokens:
+        read = super().launch(noise)
         number = self._launches
         self.noted.append(f"launch {number}")
 
         def tokens() -> list[int]:
             self.noted.append(f"read {number}")
-            return flight.tokens()
+            return read()
 
-        return Flight(tokens)
+        return tokens
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_padding_keeps_the_tokens_of_what_it_repeats() -> None:
     loop = DecodeLoop(Rounding(), cache, capture=as_it_is)
     loop.load([Row(5 + slot, slot, 2, 0.0, 1.0, 0, 0.0) for slot in range(3)])
     for step in range(3):
-        loop.launch([]).tokens()
+        loop.launch([])()
         tokens, _, positions = loop._ints[:3].tolist()
         assert tokens[3] == tokens[0] and tokens[1] != tokens[0]
         assert positions == [3 + step] * 4
@@ -218,11 +218,11 @@ def test_ctrl_c_while_a_step_is_ahead_loses_nothing(
     engine: Engine = looped().engine
     launch = engine.loop.launch
 
-    def interrupted_launch(noise: Sequence[float]) -> Flight:
+    def interrupted_launch(noise: Sequence[float]) -> Tokens:
         sometimes_interrupt()
-        flight = launch(noise)
+        tokens = launch(noise)
         sometimes_interrupt()
-        return Flight(lambda: (sometimes_interrupt(), flight.tokens())[1])
+        return lambda: (sometimes_interrupt(), tokens())[1]
 
     engine.loop.launch = interrupted_launch
     requests = [Request(prompt, params, 3, frozenset({2})) for prompt in prompts]
@@ -333,7 +333,7 @@ def test_nothing_waits_inside_the_loop(build: Callable[..., Llama], small: dict)
     loop.load([Row(5, slot, 10, 0.8, 0.9, 0, 0.0) for slot in range(3)])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        flights = [loop.launch([0.5] * 3) for _ in range(2)]
+        launched = [loop.launch([0.5] * 3) for _ in range(2)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(0 <= token < small["vocab_size"] for flight in flights for token in flight.tokens())
+    assert all(0 <= token < small["vocab_size"] for read in launched for token in read())
