@@ -32,13 +32,21 @@ class Singles:
 
 
 @dataclass(frozen=True, slots=True)
+class GPUSingles:
+    """The same on CUDA, where only the device may know which slots and lengths they are."""
+
+    rows: Tensor | None  # (n,) int64, of the step; None: all
+    slots: Tensor  # (n,) int64
+    positions: Tensor  # (n,) int64
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """How a step's spans are computed: the same in every layer, so made once a step."""
 
     spans: list[SpanMask]
-    singles: Singles | None = None
+    singles: Singles | GPUSingles | None = None
     packed: Packed | None = None  # all spans, for the flash kernel
-    decode: Step | None = None  # a decode step for our kernel on CUDA: where its queries are only the device knows
 
 
 def plan(step: Step, cache: KVCache) -> AttentionPlan:
@@ -47,16 +55,18 @@ def plan(step: Step, cache: KVCache) -> AttentionPlan:
     Only a chunk that continues a prompt needs a mask: SDPA's own causal mask assumes that the first query is at
     position 0, and a single query sees all that its slot holds.
     """
-    if step.decodes and on_device(cache):
-        return AttentionPlan([], decode=step)
+    on_gpu = on_device(cache)
+    if on_gpu and step.decodes:
+        return AttentionPlan([], GPUSingles(None, step.slots, step.positions))
     if can_run(cache.keys[0]):
         return AttentionPlan([], packed=pack(step, cache))
-    together = usable(cache.keys[0]) is not None and cache.keys[0].shape[-1] <= MOST_HEAD_DIM
+    together = on_gpu or (usable(cache.keys[0]) is not None and cache.keys[0].shape[-1] <= MOST_HEAD_DIM)
     single = [span for span in step.spans if span.n == 1] if together else []
     rest = [span for span in step.spans if span.n > 1 or not together]
-    return AttentionPlan(
-        [SpanMask(span, _chunk_mask(span, step.tokens.device)) for span in rest], _singles(single, cache)
-    )
+    masked = [SpanMask(span, _chunk_mask(span, step.tokens.device)) for span in rest]
+    if not single:
+        return AttentionPlan(masked)
+    return AttentionPlan(masked, _gpu_singles(single, step) if on_gpu else _singles(single, cache))
 
 
 def on_device(cache: KVCache) -> bool:
@@ -64,12 +74,15 @@ def on_device(cache: KVCache) -> bool:
     return gpu_kernels(torch.empty(0, dtype=cache.dtype, device=cache.keys[0].device)) is not None
 
 
-def _singles(spans: list[Span], cache: KVCache) -> Singles | None:
-    if not spans:
-        return None
+def _singles(spans: list[Span], cache: KVCache) -> Singles:
     facts = [(span.first_row, span.slot * cache.max_seq_len, span.length) for span in spans]
     rows, starts, lengths = torch.tensor(facts, dtype=torch.int64).T.contiguous()
     return Singles(rows, starts, lengths, max(span.length for span in spans))
+
+
+def _gpu_singles(spans: list[Span], step: Step) -> GPUSingles:
+    rows = torch.tensor([span.first_row for span in spans], dtype=torch.int64).to(step.tokens.device)
+    return GPUSingles(rows, step.slots[rows], step.positions[rows])
 
 
 def _chunk_mask(span: Span, device: torch.device) -> Tensor | None:
@@ -84,15 +97,17 @@ def attention(q: Tensor, cache: KVCache, layer: int, plan: AttentionPlan) -> Ten
     The H / K query heads that share a kv head never get copies of it: a single query's heads become query
     positions of that head; a longer span sees it through a view of stride 0.
     """
-    if plan.decode:
-        return load_gpu().attend(q, cache.keys[layer], cache.values[layer], plan.decode.slots, plan.decode.positions)
+    keys, values = cache.keys[layer], cache.values[layer]
     if plan.packed:
-        return flash_attention(q, cache.keys[layer], cache.values[layer], plan.packed)
-    q = q.contiguous()
+        return flash_attention(q, keys, values, plan.packed)
+    one, q = plan.singles, q.contiguous()
+    if isinstance(one, GPUSingles) and one.rows is None:
+        return load_gpu(q.device).attend(q, keys, values, one.slots, one.positions)
     out = torch.empty_like(q)
-    if plan.singles:
-        one = plan.singles
-        attend(q, cache.keys[layer], cache.values[layer], out, one.rows, one.starts, one.lengths, one.longest)
+    if isinstance(one, GPUSingles):
+        out[one.rows] = load_gpu(q.device).attend(q[one.rows], keys, values, one.slots, one.positions)
+    elif one:
+        attend(q, keys, values, out, one.rows, one.starts, one.lengths, one.longest)
     n_heads, head_dim = q.shape[1:]
     for item in plan.spans:
         span = item.span

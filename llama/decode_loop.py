@@ -41,25 +41,29 @@ def can_loop(model: Transformer, cache: KVCache) -> bool:
     return model.device.type == "cuda" and (on_device(cache) or flash_attention.can_run(cache.keys[0]))
 
 
-def capture_graph(work: Work) -> Work:
-    """Record what `work` does on the device, without doing it; what comes back does it.
+def graph_capture() -> Callable[[Work], Work]:
+    """A function that records what a work does on the device, without doing it, as a CUDA graph that does it.
 
-    All graphs share one pool of memory: no two run at once, and what they give is copied out of it.
+    Its graphs share their memory: no two run at once, and what they give is copied out of it. Other loops' graphs share
+    neither that nor the stream: PyTorch takes no graph into memory whose graphs are all gone, and with any graph of a
+    stream it frees the cuBLAS workspace of the others (https://github.com/pytorch/pytorch/issues/193402).
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
-        work()
-    return graph.replay
+    graphs: list[torch.cuda.CUDAGraph] = []
+    own_stream = functools.cache(torch.cuda.Stream)
+
+    def capture(work: Work) -> Work:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None, stream=own_stream()):
+            work()
+        graphs.append(graph)
+        return graph.replay
+
+    return capture
 
 
 def as_it_is(work: Work) -> Work:
     """Instead of a capture: what is to be repeated is done anew."""
     return work
-
-
-@functools.cache
-def _pool() -> tuple[int, int]:
-    return torch.cuda.graph_pool_handle()
 
 
 class DecodeLoop:
@@ -69,7 +73,9 @@ class DecodeLoop:
     been read. Steps are padded to 1, 2, 4, 8, … rows by repeating the first: there is a graph for each such size.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, capture: Callable[[Work], Work] = capture_graph) -> None:
+    def __init__(
+        self, model: Transformer, cache: KVCache, capture: Callable[[Work], Work] | None = None
+    ) -> None:  # fmt: skip
         self.model, self.cache = model, cache
         self.sizes = _sizes(cache.slots)
         rows, device = cache.slots, model.device
@@ -77,7 +83,7 @@ class DecodeLoop:
         self._floats = torch.zeros((4, rows), dtype=torch.float32, device=device)  # Row's, and the noise
         self._chosen = torch.zeros(rows, dtype=torch.int64, device=device)
         self._every = torch.arange(rows, device=device)
-        self._capture = capture
+        self._capture = capture or graph_capture()
         self._steps: dict[tuple[int, bool], Work] = {}  # by rows, and whether all are greedy: those captured
         self._uses: dict[tuple[int, bool], int] = {}
         self._held: list[Tensor | None] = []

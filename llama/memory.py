@@ -61,7 +61,8 @@ def _bytes(weights: int, form: str | None, dtype: torch.dtype) -> int:
 def free_bytes(device: torch.device) -> int:
     """The memory that this process can still take: on a CPU its share among this machine's processes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for its next use
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     free = min(psutil.virtual_memory().available, _cgroup_free())

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from llama.request import SamplingParams
 
+NOISE_BITS = 24  # of a number of noise: as many as float32 has
+WHOLE = 1 << 38  # probability 1 in whole numbers, whose sums are the same in every order; times noise it fits 63 bits
 CANDIDATES = 256  # a CPU sorts so many first, and all of them only for rows whose kept tokens reach further
 
 
@@ -25,7 +27,7 @@ def noise_key(seed: int, prompt: Sequence[int]) -> bytes:
 def uniform(key: bytes, position: int) -> float:
     """The request's number in [0, 1) for the token at `position`: a counter-based generator (keyed BLAKE2b)."""
     digest = hashlib.blake2b(struct.pack("<q", position), digest_size=8, key=key).digest()
-    return (int.from_bytes(digest, "little") >> 40) * 2.0**-24  # exact in float32
+    return (int.from_bytes(digest, "little") >> 64 - NOISE_BITS) * 2.0**-NOISE_BITS
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, noise: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def _candidates_suffice(probs: Tensor, filters: _Filters) -> Tensor:
     best = probs.topk(CANDIDATES + 1, dim=-1).values
     last, beyond = best[:, CANDIDATES - 1], best[:, CANDIDATES]
     by_k = (filters.top_k > 0) & (filters.top_k <= CANDIDATES)
-    by_mass = (filters.top_k == 0) & (best[:, :CANDIDATES].sum(-1) > filters.top_p)
+    by_mass = (filters.top_k == 0) & (_shares(best[:, :CANDIDATES]).sum(-1) > filters.top_p * WHOLE)
     return (last > beyond) & (by_k | by_mass | (beyond < filters.min_p * best[:, 0]) & (filters.top_k == 0))
 
 
@@ -110,13 +112,13 @@ def _draw_few(probs: Tensor, filters: _Filters) -> Tensor:
 def _draw_sorted(probs: Tensor, filters: _Filters) -> Tensor:
     """Draw from probs (R, C), after a stable sort that tells which tokens the filters keep."""
     best, order = torch.sort(probs, dim=-1, descending=True, stable=True)
-    rank = torch.arange(probs.shape[1], device=probs.device)
+    rank, shares = torch.arange(probs.shape[1], device=probs.device), _shares(best)
     limited = filters.top_k > 0
     kept = ~limited[:, None] | (rank < filters.top_k[:, None])
-    cumulative = torch.where(kept, best, 0.0).cumsum(-1)
+    cumulative = torch.where(kept, shares, 0).cumsum(-1)
     # What top_k keeps is renormalised before top_p; without it a row's mass is 1, even if only candidates are here.
-    mass = torch.where(limited, cumulative[:, -1], 1.0)
-    kept &= cumulative - best <= (filters.top_p * mass)[:, None]
+    mass = torch.where(limited, cumulative[:, -1], WHOLE)
+    kept &= cumulative - shares <= (filters.top_p * mass)[:, None]
     kept &= best >= filters.min_p[:, None] * best[:, :1]
     kept |= filters.open[:, None]  # to the last token, however the sum is rounded
     return _draw_open(probs * torch.empty_like(kept).scatter_(1, order, kept), filters)
@@ -127,10 +129,18 @@ def _draw_open(probs: Tensor, filters: _Filters) -> Tensor:
 
     Not in the order of probability: there a rounding error that swaps two like tokens would change the draw.
     """
-    cumulative = probs.cumsum(-1)
-    total = cumulative[:, -1:]
-    target = (filters.noise[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    cumulative = _shares(probs).cumsum(-1)
+    target = (filters.noise[:, None] * 2**NOISE_BITS).long() * cumulative[:, -1:] >> NOISE_BITS
+    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return drawn.clamp(max=probs.shape[1] - 1)  # beyond, where logits are not finite: such rows are refused later
+
+
+def _shares(probs: Tensor) -> Tensor:
+    """Probabilities as integers. A GPU adds a row's numbers in parts, and of a single row in another order each time.
+
+    Rounded, a sum could also grow at a token of probability 0, which might then be drawn.
+    """
+    return (probs * WHOLE).long()
 
 
 def adjust(

@@ -59,7 +59,7 @@ def emulate_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu() -> ModuleType:
     """Our kernels for CUDA: on a GPU where there is one, else interpreted (see conftest), without bfloat16 products."""
     triton = pytest.importorskip("triton", reason="needs Triton")
-    if missing := library.no_gpu():
+    if missing := library.no_triton():
         pytest.skip(missing)
     old, new_numpy = version_of(triton.__version__) < (3, 8), version_of(np.__version__) >= (2, 4)
     if old and new_numpy and not torch.cuda.is_available():
@@ -80,4 +80,4 @@ def gpu_path(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load", lambda: (None, "not on CUDA"))
     for module in (attention, quantized, small):
         monkeypatch.setattr(module, "gpu_kernels", lambda x: gpu)
-    monkeypatch.setattr(attention, "load_gpu", lambda: gpu)
+    monkeypatch.setattr(attention, "load_gpu", lambda device: gpu)

@@ -1,7 +1,9 @@
 """Decode steps that run ahead of the host: on a CPU with a capture that only repeats, and on CUDA with graphs."""
 
+import gc
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from test_engine import is_clean, prompts_of
 
 from llama import Llama, SamplingParams
-from llama.decode_loop import WORTH_CAPTURE, DecodeLoop, Row, Tokens, Work, _sizes, as_it_is, can_loop
+from llama.decode_loop import WORTH_CAPTURE, DecodeLoop, Row, Tokens, Work, _sizes, as_it_is, can_loop, graph_capture
 from llama.engine import Engine
 from llama.errors import NumericalError
 from llama.kv_cache import KVCache
@@ -301,6 +303,58 @@ def test_where_graphs_fail_steps_go_on_without(
     assert capsys.readouterr().err == (
         "llama: no CUDA graphs (operation not permitted when stream is capturing): decode steps are slower without\n"
     )
+
+
+def test_graphs_of_a_loop_share_memory_and_a_stream_and_with_other_loops_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Graph:
+        def pool(self) -> object:
+            return self.own_pool
+
+    recorded = []
+
+    @contextmanager
+    def record(graph: Graph, pool: object, stream: object) -> Iterator[None]:
+        graph.own_pool = pool or object()
+        recorded.append((graph.own_pool, stream))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(Graph, "replay", lambda self: None, raising=False)
+
+    def fail() -> None:
+        raise RuntimeError
+
+    one, other = graph_capture(), graph_capture()
+    with pytest.raises(RuntimeError):  # its memory is nobody's
+        one(fail)
+    for capture in (one, one, other, one, other):
+        capture(lambda: None)
+    failed, *held = recorded
+    assert [held.index(memory) for memory in held] == [0, 0, 2, 0, 2]
+    assert held[0][0] != held[2][0] != failed[0] != held[0][0] and held[0][1] != held[2][1]
+
+
+@pytest.mark.cuda
+def test_graphs_outlive_other_loops(build: Callable[..., Llama], small: dict, capsys: pytest.CaptureFixture) -> None:
+    """Those that were recorded before and after another loop's, which are gone when they are replayed."""
+    prompts, params = prompts_of([4], small["vocab_size"]), SamplingParams(temperature=0, max_gen_len=40)
+
+    def answer(llama: Llama) -> list[list[int]]:
+        llama.engine.forget()
+        return llama.generate(prompts, params=params)[0]
+
+    first, other = build(device="cuda", dtype="bfloat16"), build(device="cuda", dtype="bfloat16")
+    expected = answer(first)
+    assert answer(other) == expected
+    del other
+    gc.collect()
+    third = build(device="cuda", dtype="bfloat16")
+    assert [answer(llama) for llama in (first, third, first)] == [expected] * 3
+    assert "no CUDA graphs" not in capsys.readouterr().err
 
 
 @pytest.mark.cuda

@@ -14,12 +14,13 @@ from emulation import flash_kernel, gpu, gpu_path
 from test_attention import naive
 
 from llama import Llama, SamplingParams
-from llama.attention import on_device
+from llama.attention import attention, on_device, plan
 from llama.decode_loop import DecodeLoop, as_it_is
 from llama.kernels import library, small
 from llama.kv_cache import FLOAT8, KVCache
 from llama.model import rope_table
 from llama.quantization import DEQUANTIZE, QUANTIZE
+from llama.step import Step
 
 __all__ = ["flash_kernel", "gpu", "gpu_path"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,6 +151,24 @@ def test_a_model_computes_the_same_through_them(
     assert found[0] == expected[0]
     for own, other in zip(found[1], expected[1], strict=True):
         assert own == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_single_tokens_among_prompts_go_through_them(gpu_path: None, float8: bool) -> None:
+    """Where the flash kernel cannot read the cache: prompts are left to PyTorch, single tokens go in one call."""
+    cache = KVCache(1, 2, 6, 40, 16, torch.float16, torch.device("cpu"), float8)
+    for tensor in (cache.keys[0], cache.values[0]):
+        tensor.copy_(torch.randn(tensor.shape))
+    spans = [(4, 9, 1), (0, 0, 5), (2, 30, 1), (5, 3, 4), (1, 0, 1)]
+    step = Step.pack([(slot, start, [5] * n) for slot, start, n in spans], [], torch.device("cpu"))
+    how = plan(step, cache)
+    assert [item.span.slot for item in how.spans] == [0, 5]
+    assert how.singles.rows.tolist() == [0, 6, 11] and how.singles.slots.tolist() == [4, 2, 1]
+    q = torch.randn(len(step.tokens), 4, 16).half()
+    found = attention(q, cache, 0, how)
+    for span in step.spans:
+        keys, values = (t.float().transpose(0, 1) for t in cache.view(0, span.slot, span.length))
+        assert error(found[span.rows], naive(q[span.rows].float(), keys, values, span.start)) < 2e-3
 
 
 class PTX:
@@ -302,7 +321,7 @@ for dtype in (torch.bfloat16, torch.float16):
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_every_kernel_compiles(capability: int) -> None:
     """To machine code of Ampere, Ada and Hopper, as it would be launched; with memory that their cores have."""
-    if missing := library.no_gpu():
+    if missing := library.no_triton():
         pytest.skip(missing)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     words = [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability)]
@@ -317,29 +336,43 @@ def test_every_kernel_compiles(capability: int) -> None:
 
 
 def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA, in 16 bits, with a Triton that can compile them; what is missing is said in one line."""
+    """On CUDA, in 16 bits, where Triton can compile and launch them; what is missing is said in one line."""
 
     class OnCUDA:
         device, dtype = torch.device("cuda", 0), torch.bfloat16
 
     kernels = object()
     with monkeypatch.context() as patch:
-        patch.setattr(library, "load_gpu", lambda: kernels)
+        patch.setattr(library, "load_gpu", lambda device: kernels)
         assert library.gpu_kernels(OnCUDA()) is kernels
         assert library.gpu_kernels(torch.empty(0, dtype=torch.bfloat16)) is None
         patch.setattr(OnCUDA, "dtype", torch.float32)
         assert library.gpu_kernels(OnCUDA()) is None
-    no_gpu = library.no_gpu.__wrapped__
-    monkeypatch.setattr(library, "no_gpu", no_gpu)
+
+    def why(missing: str) -> str:
+        return f"no compiled kernels ({missing}): PyTorch's operators are used, which are slower"
+
+    launched = []
+    monkeypatch.setattr(library, "no_triton", library.no_triton.__wrapped__)
+    monkeypatch.setattr(library, "no_gpu", library.no_gpu.__wrapped__)
+    monkeypatch.setattr(library, "_gpu", lambda: SimpleNamespace(gate=launched.append))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, dtype: device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.10.0+git1"))
-    assert library.why_not(OnCUDA.device) is None
+    assert library.why_not(OnCUDA.device) is None and launched == [OnCUDA.device]
+
+    def cannot_launch(x: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nmore about it")
+
+    monkeypatch.setattr(library, "_gpu", lambda: SimpleNamespace(gate=cannot_launch))
+    assert library.load_gpu(OnCUDA.device) is None
+    assert library.why_not(OnCUDA.device) == why("RuntimeError: Failed to find C compiler.")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert library.why_not(OnCUDA.device) == why("compute capability 7.5 is less than 8.0")
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.2.0"))
-    assert library.load_gpu() is None
-    assert library.why_not(OnCUDA.device) == (
-        "no compiled kernels (Triton 3.2.0 is older than 3.5): PyTorch's operators are used, which are slower"
-    )
+    assert library.why_not(OnCUDA.device) == why("Triton 3.2.0 is older than 3.5")
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "(Triton is not installed)" in library.why_not(OnCUDA.device)
+    assert library.why_not(OnCUDA.device) == why("Triton is not installed")
     monkeypatch.setenv("LLAMA_KERNELS", "none")
-    assert no_gpu() == "LLAMA_KERNELS=none" and library.load_gpu() is None
+    assert library.why_not(OnCUDA.device) == why("LLAMA_KERNELS=none") and library.load_gpu(OnCUDA.device) is None
     assert library.why_not(torch.device("mps")) is None

@@ -57,6 +57,14 @@ def test_weights_that_leave_no_room_say_so() -> None:
         check_fits(Need(1000, 10, 500), 1540, 16, 4, CPU)
 
 
+def test_memory_that_pytorch_keeps_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a model was deleted, PyTorch holds its memory for what comes next."""
+    for name, size in {"mem_get_info": (1000, 8000), "memory_reserved": 6000, "memory_allocated": 4500}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    assert free_bytes(torch.device("cuda", 0)) == 2500
+    assert total_bytes(torch.device("cuda", 0)) == 8000
+
+
 def test_processes_of_one_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = free_bytes(CPU)
     assert 0 < alone < 1 << 50

@@ -168,10 +168,49 @@ def test_rows_do_not_depend_on_each_other() -> None:
 @pytest.mark.parametrize("noise", [0.0, 1 - 2**-24])
 @pytest.mark.parametrize("filters", FILTERS)
 def test_extreme_noise_draws_a_kept_token(noise: float, filters: dict) -> None:
-    logits = torch.tensor([-math.inf, 2.0, 1.0, -math.inf, 0.5, 0.1, -9.0, -math.inf])
+    logits = torch.tensor([-math.inf, 2.0, 1.0, -math.inf, 0.5, 0.1, -7.0, -math.inf])
     tokens = draw(logits, [noise], **filters)
-    expected = [token for token, p in kept(logits, **filters).items() if p > 0]
-    assert tokens == [expected[0] if noise == 0 else expected[-1]]
+    shares = {token: p for token, p in kept(logits, **filters).items() if p > 0}
+    below = torch.tensor(list(shares.values()), dtype=torch.float64).cumsum(0)
+    assert tokens == [list(shares)[torch.searchsorted(below, noise, right=True)]]
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "in parts"])
+def test_no_order_of_addition_changes_a_draw(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does any draw a token of probability 0, wherever the noise falls."""
+    g = torch.Generator().manual_seed(0)
+    logits = (torch.randn(3000, generator=g) * 2).masked_fill(torch.rand(3000, generator=g) < 0.5, -math.inf)
+    edges = (logits.softmax(-1).double().cumsum(-1) * 2**24).long()  # where a rounding error may matter
+    noise = (torch.cat((edges - 1, edges)).clamp(0, 2**24 - 1) / 2**24).tolist()
+    expected = [draw(logits, noise, top_p=top_p) for top_p in (1.0, 0.9)]
+    plain = torch.Tensor.cumsum
+
+    def added(x: torch.Tensor, dim: int) -> torch.Tensor:
+        if order == "forwards":
+            return plain(x, dim)
+        if order == "backwards":
+            return x.sum(dim, keepdim=True) - plain(x.flip(dim), dim).flip(dim) + x
+        parts = torch.nn.functional.pad(x, (0, -x.shape[1] % 7)).unflatten(1, (-1, 7))
+        sums = plain(parts, -1)
+        before = torch.nn.functional.pad(plain(sums[..., -1], -1)[:, :-1], (1, 0))
+        return (sums + before[..., None]).flatten(1)[:, : x.shape[1]].contiguous()
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", added)
+    assert [draw(logits, noise, top_p=top_p) for top_p in (1.0, 0.9)] == expected
+    assert all(logits[token] > -math.inf for tokens in expected for token in tokens)
+
+
+def test_what_is_not_finite_draws_a_token_of_the_vocabulary() -> None:
+    """Which one does not matter: the request is refused. But a GPU that looks up another one is lost."""
+    logits = torch.randn(6, 50)
+    logits[0, 3], logits[1, 7], logits[2] = math.nan, math.inf, math.nan
+    for filters in ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
+        for noise in (0.0, 0.5, 1 - 2**-24):
+            values = {"top_p": 1.0, "min_p": 0.0, "top_k": 0, **filters}
+            top_p, min_p, k = (torch.full((6,), values[name]) for name in ("top_p", "min_p", "top_k"))
+            for function in (sample, sampling.sample_all):
+                tokens = function(logits, torch.ones(6), top_p, k, min_p, torch.full((6,), noise))
+                assert ((tokens >= 0) & (tokens < 50)).all()
 
 
 def test_noise_is_a_function_of_seed_prompt_and_position() -> None:

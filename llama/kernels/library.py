@@ -12,6 +12,7 @@ from torch import Tensor
 VARIANTS = ("portable", "avx2", "avx512", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 OLDEST_TRITON = (3, 5)  # PyTorch 2.9 has it
+OLDEST_GPU = (8, 0)  # compute capability: Ampere
 _HALF = (torch.bfloat16, torch.float16)
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
@@ -44,20 +45,35 @@ def gpu_kernels(x: Tensor) -> ModuleType | None:
     """gpu.py, where it can compute with x: in 16 bits, on CUDA with Triton, and not for torch.compile."""
     if x.device.type != "cuda" or x.dtype not in _HALF or torch.compiler.is_compiling():
         return None
-    return load_gpu()
+    return load_gpu(x.device)
 
 
 def why_not(device: torch.device) -> str | None:
     """Why this device has no kernels of ours, in one line; None where it has."""
-    missing = no_gpu() if device.type == "cuda" else None if load()[0] or device.type != "cpu" else load()[1]
+    missing = no_gpu(device) if device.type == "cuda" else None if load()[0] or device.type != "cpu" else load()[1]
     if missing is None:
         return None
     return f"no compiled kernels ({missing}): PyTorch's operators are used, which are slower"
 
 
 @functools.cache
-def no_gpu() -> str | None:
-    """Why gpu.py cannot be used; None where it can."""
+def no_gpu(device: torch.device) -> str | None:
+    """Why gpu.py cannot be used on a CUDA device; None where it can."""
+    if missing := no_triton():
+        return missing
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST_GPU:
+        return f"compute capability {found[0]}.{found[1]} is less than {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    try:  # Triton needs a C compiler, Python's headers and more: what is missing shows at a first launch
+        _gpu().gate(torch.zeros(1, 32, dtype=torch.bfloat16, device=device))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+@functools.cache
+def no_triton() -> str | None:
+    """Why gpu.py cannot be imported; None where it can."""
     if os.environ.get("LLAMA_KERNELS") == "none":
         return "LLAMA_KERNELS=none"
     try:
@@ -69,9 +85,11 @@ def no_gpu() -> str | None:
     return None
 
 
-def load_gpu() -> ModuleType | None:
-    if no_gpu():
-        return None
+def load_gpu(device: torch.device) -> ModuleType | None:
+    return None if no_gpu(device) else _gpu()
+
+
+def _gpu() -> ModuleType:
     from llama.kernels import gpu
 
     return gpu
