@@ -23,17 +23,15 @@ def compile_layers(model: Transformer) -> None:
 
 
 def _check_compiler(device: torch.device) -> None:
-    """For a CPU torch.compile needs a C++ compiler, for a GPU Triton, which comes with PyTorch."""
-    if device.type != "cpu":
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
+    """Compile something small: torch.compile needs a C++ compiler for a CPU, and a C compiler (for Triton) for CUDA."""
     try:
-        get_cpp_compiler()
+        torch.compile(torch.neg, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as error:  # its kind differs between versions
+        reason = getattr(error, "inner_exception", error)
+        said = f"{type(reason).__name__}: {reason}".splitlines()[0]
         raise DeviceError(
-            f"compile=True needs a C++ compiler, and none was found ({type(error).__name__}): install g++, or leave"
-            " compile out"
+            f"compile=True needs a compiler, and torch.compile has none that works ({said}): install"
+            f" {'g++' if device.type == 'cpu' else 'gcc'}, or leave compile out"
         ) from None
 
 
