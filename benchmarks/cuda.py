@@ -353,7 +353,7 @@ class Peer:
         return batch * STEPS / (times[1] - times[0])
 
     def requests(self, sizes: Sizes) -> float:
-        """New tokens/s that were wanted, in batches of as many slots as ours; of one shape, which is compiled before."""
+        """New tokens/s that were wanted, in batches of as many slots as ours, all of one shape, compiled before."""
         wanted = wanted_requests(sizes)
         batches = [[p for p, *_ in wanted[first : first + sizes.slots]] for first in range(0, len(wanted), sizes.slots)]
         self.generate(batches[0], 4, 2 * sizes.lengths[1] - 4)

@@ -92,6 +92,12 @@ class DecodeLoop:
         pinned = device.type == "cuda"
         self._noise = torch.zeros((2, rows), pin_memory=pinned)
         self._read = torch.zeros((2, rows), dtype=torch.int64, pin_memory=pinned)
+        parallel.before_leaving(self.drop_graphs)
+
+    def drop_graphs(self) -> None:
+        """Do without from here on. NCCL waits for the end of graphs that hold its work before it ends itself."""
+        self._steps.clear()
+        self._capture = as_it_is
 
     def load(self, rows: Sequence[Row]) -> None:
         """Begin with these sequences, instead of those that were here."""

@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import sys
+import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 from llama.errors import DeviceError, ParameterError
 
+_before_leaving: list[weakref.WeakMethod] = []
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -213,7 +216,15 @@ def is_first_to_fail() -> bool:
     return store.add(f"llama/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
 
 
+def before_leaving(method: Callable[[], None]) -> None:
+    """Have this method called by `leave`, if its object is still there then."""
+    _before_leaving.append(weakref.WeakMethod(method))
+
+
 def leave() -> None:
     """Take leave of the other processes at the end of a run."""
     if dist.is_initialized() and world_size() > 1:
+        for method in _before_leaving:
+            if still_there := method():
+                still_there()
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_engine import is_clean, prompts_of
 
-from llama import Llama, SamplingParams
+from llama import Llama, SamplingParams, parallel
 from llama.decode_loop import WORTH_CAPTURE, DecodeLoop, Row, Tokens, Work, _sizes, as_it_is, can_loop, graph_capture
 from llama.engine import Engine
 from llama.errors import NumericalError
@@ -336,6 +337,26 @@ def test_graphs_of_a_loop_share_memory_and_a_stream_and_with_other_loops_nothing
     failed, *held = recorded
     assert [held.index(memory) for memory in held] == [0, 0, 2, 0, 2]
     assert held[0][0] != held[2][0] != failed[0] != held[0][0] and held[0][1] != held[2][1]
+
+
+def test_graphs_are_dropped_before_processes_part(
+    looped: Callable[..., Llama], small: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL would wait for their end for ever. What runs after that runs without."""
+    llama = looped()
+    prompt, params = prompts_of([3], small["vocab_size"]), SamplingParams(temperature=0, max_gen_len=20)
+    expected = llama.generate(prompt, params=params)
+    recorded = [weakref.ref(step) for step in llama.engine.loop._steps.values()]
+    llama.engine.loop.captured.clear()
+    del looped().engine.loop  # one that is gone is not asked
+    parted = []
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(
+        parallel.dist, "destroy_process_group", lambda: parted.append([graph() is None for graph in recorded])
+    )
+    parallel.leave()
+    assert parted == [[True] * len(recorded)] and recorded
+    assert llama.generate(prompt, params=params) == expected
 
 
 @pytest.mark.cuda
