@@ -19,7 +19,8 @@ def test_the_cuda_benchmark_checks_and_prints_every_table() -> None:
         assert f"{kind}, decode" in done.stdout
     rows = re.findall(r"^\| \d+ \| \d+ \| \d+ \| \d+ \| \d\.\d+ \|", done.stdout, re.MULTILINE)
     assert len(rows) == 8
-    assert re.search(r"6 requests: \d+ new tokens/s", done.stdout)
+    assert re.search(r"^\| 64 \| \d+ \| \d+\.\d \| \d+\.\d \| \d\.\d\d \| 0\.7 \|", done.stdout, re.MULTILINE)
+    assert re.search(r"6 requests, 3 at once: \d+ new tokens/s, \d\.\d\d of the limit of \d+", done.stdout)
     assert "calls that wait for the device in 32 decode steps: none" in done.stdout
 
 
