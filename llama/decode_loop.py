@@ -1,5 +1,7 @@
 """Decode steps whose tokens stay on the device: each is the next one's input, so the host may read them one step late.
 
+Where the host chooses the tokens it gets the logits instead, and the next step waits for it.
+
 What a step reads and writes lies in buffers that stay where they are. So a step of so many rows can be captured as a
 CUDA graph, the choice of tokens with it, and be repeated by one call.
 """
@@ -7,6 +9,7 @@ CUDA graph, the choice of tokens with it, and be repeated by one call.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -21,6 +24,17 @@ from llama.step import Step
 WORTH_CAPTURE = 8  # steps of a kind after which it is captured: that takes about as long as some dozen steps
 Work = Callable[[], None]
 Tokens = Callable[[], list[int]]  # waits for a step: the token of each row, −1 where its logits are not finite
+
+
+class Choice(Enum):
+    """How a step's tokens are chosen."""
+
+    BEST = "the largest logits"
+    DRAWN = "by sampling, of some rows at least"
+    HOSTS = "by the host"
+
+
+Kind = tuple[int, Choice]  # of a step: its rows, and how their tokens are chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +98,11 @@ class DecodeLoop:
         self._chosen = torch.zeros(rows, dtype=torch.int64, device=device)
         self._every = torch.arange(rows, device=device)
         self._capture = capture or graph_capture()
-        self._steps: dict[tuple[int, bool], Work] = {}  # by rows, and whether all are greedy: those captured
-        self._uses: dict[tuple[int, bool], int] = {}
+        self._logits: Tensor | None = None  # made where the host asks for them
+        self._steps: dict[Kind, Work] = {}  # those captured
+        self._uses: dict[Kind, int] = {}
         self._held: list[Tensor | None] = []
-        self._rows, self._greedy, self._launches = 0, True, 0
+        self._rows, self._choice, self._launches = 0, Choice.BEST, 0
         # What is on its way from or to the device must stay as it is, so two of each take turns.
         pinned = device.type == "cuda"
         self._noise = torch.zeros((2, rows), pin_memory=pinned)
@@ -101,8 +116,9 @@ class DecodeLoop:
 
     def load(self, rows: Sequence[Row]) -> None:
         """Begin with these sequences, instead of those that were here."""
-        self._rows, self._greedy = len(rows), all(row.temperature == 0 for row in rows)
-        padding = next(size for size in self.sizes if size >= len(rows)) - len(rows)
+        self._rows = len(rows)
+        self._choice = Choice.BEST if all(row.temperature == 0 for row in rows) else Choice.DRAWN
+        padding = self._size() - len(rows)
         padded, sources = [*rows, *[rows[0]] * padding], [*range(len(rows)), *[0] * padding]
         ints = [(r.token, r.slot, r.position, r.top_k, source) for r, source in zip(padded, sources, strict=True)]
         floats = [(r.temperature, r.top_p, r.min_p, 0.0) for r in padded]
@@ -113,23 +129,34 @@ class DecodeLoop:
     def launch(self, noise: Sequence[float]) -> Tokens:
         """Do a step; `noise` has a number in [0, 1) for each row."""
         turn, self._launches = self._launches % 2, self._launches + 1
-        size = next(size for size in self.sizes if size >= self._rows)
-        if not self._greedy:
+        size = self._size()
+        if self._choice is Choice.DRAWN:
             host = self._noise[turn, :size]
             host.copy_(torch.tensor([*noise, *[noise[0]] * (size - self._rows)]))
             self._floats[3, :size].copy_(host, non_blocking=True)
-        self._work(size, self._greedy)()
+        self._work((size, self._choice))()
         return self._tokens(self._read[turn, : self._rows])
 
-    def _work(self, size: int, greedy: bool) -> Work:
-        """The step of so many rows: as it is the first times, which fills what is made once; then captured."""
-        kind = (size, greedy)
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """Do one step of sequences whose next tokens the host chooses: their logits (R, vocab), until the next step."""
+        self.load(rows)
+        if self._logits is None:
+            self._logits = torch.empty((self.cache.slots, self.model.params.vocab_size), device=self.model.device)
+        self._work((self._size(), Choice.HOSTS))()
+        return self._logits[: len(rows)]
+
+    def _size(self) -> int:
+        return next(size for size in self.sizes if size >= self._rows)
+
+    def _work(self, kind: Kind) -> Work:
+        """A step of this kind: as it is the first times, which fills what is made once; then captured."""
         if kind in self._steps:
             return self._steps[kind]
         uses = self._uses[kind] = self._uses.get(kind, 0) + 1
 
         def work() -> None:
-            self._step(size, greedy)
+            self._step(*kind)
 
         if uses <= WORTH_CAPTURE:
             return work
@@ -142,13 +169,17 @@ class DecodeLoop:
             self._steps[kind] = work
         return self._steps[kind]
 
-    def _step(self, size: int, greedy: bool) -> None:
+    def _step(self, size: int, choice: Choice) -> None:
         """From the buffers, to the buffers: nothing here may depend on a number that only the device knows."""
         tokens, slots, positions, top_k, source = self._ints[:, :size]
         step = Step(tokens, slots, positions, self._every[:size], (), decodes=True)
         logits = self.model(step, self.cache)
+        if choice is Choice.HOSTS:
+            self._logits[:size] = logits
+            return
         temperature, top_p, min_p, noise = self._floats[:, :size]
-        chosen = logits.argmax(-1) if greedy else sample_all(logits, temperature, top_p, top_k, min_p, noise)
+        drawn = choice is Choice.DRAWN
+        chosen = sample_all(logits, temperature, top_p, top_k, min_p, noise) if drawn else logits.argmax(-1)
         self._chosen[:size] = torch.where(logits.sum(-1).isfinite(), chosen, -1)
         tokens.copy_(chosen[source])  # a row that pads stays what it repeats, however the two are rounded
         positions += 1

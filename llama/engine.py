@@ -137,12 +137,16 @@ class Engine:
             copies.popleft()
         if not chunks:
             return self._step_search() if self._searches else []
-        if self.loop and len(chunks) == len(self.scheduler.running) and all(map(_decides_on_device, chunks)):
+        looped = self.loop and all(chunk.reaches_end and chunk.stop - chunk.start == 1 for chunk in chunks)
+        if looped and len(chunks) == len(self.scheduler.running) and all(map(_decides_on_device, chunks)):
             self.loop.load([_row(chunk) for chunk in chunks])
             self._ahead = self._launch([chunk.sequence for chunk in chunks], 0)
             return self._land()
         wanted = [_wanted_rows(chunk) for chunk in chunks]
-        logits = self.model(_pack(chunks, wanted, self.model.device), self.cache)
+        if looped:
+            logits = self.loop.logits([_row(chunk) for chunk in chunks])
+        else:
+            logits = self.model(_pack(chunks, wanted, self.model.device), self.cache)
         self.scheduler.commit(chunks)
         self.computed_tokens += sum(chunk.stop - chunk.start for chunk in chunks)
         try:
@@ -267,11 +271,10 @@ class Engine:
 
 
 def _decides_on_device(chunk: Chunk) -> bool:
-    """Whether all that is wanted of a chunk is the token after its only one, of the logits as they are."""
+    """Whether all that is wanted of a single token's chunk is the next token, of the logits as they are."""
     request, params = chunk.sequence.request, chunk.sequence.request.params
-    one = chunk.reaches_end and chunk.stop - chunk.start == 1
     more = request.prompt_logprobs or params.logprobs or params.top_logprobs or params.max_gen_len == 0
-    return one and params.plain and not more
+    return params.plain and not more
 
 
 def _row(chunk: Chunk) -> Row:

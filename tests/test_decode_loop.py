@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from test_engine import is_clean, prompts_of
 
 from llama import Llama, SamplingParams, parallel
-from llama.decode_loop import WORTH_CAPTURE, DecodeLoop, Row, Tokens, Work, _sizes, as_it_is, can_loop, graph_capture
+from llama.decode_loop import (
+    WORTH_CAPTURE,
+    Choice,
+    DecodeLoop,
+    Row,
+    Tokens,
+    Work,
+    _sizes,
+    as_it_is,
+    can_loop,
+    graph_capture,
+)
 from llama.engine import Engine
 from llama.errors import NumericalError
 from llama.kv_cache import KVCache
@@ -152,9 +163,27 @@ def test_a_kind_of_step_is_captured_once_when_it_has_paid(looped: Callable[..., 
     llama.generate(prompt, params=params)
     assert not loop.captured
     llama.generate(prompt, params=params)
-    assert set(loop._steps) == {(1, True)} and len(loop.captured) == 1
+    assert set(loop._steps) == {(1, Choice.BEST)} and len(loop.captured) == 1
     llama.generate(prompt * 3, params=SamplingParams(temperature=1, max_gen_len=2 * WORTH_CAPTURE))
-    assert (4, False) in loop._steps and len(loop.captured) == len(loop._steps)
+    assert (4, Choice.DRAWN) in loop._steps and len(loop.captured) == len(loop._steps)
+
+
+@pytest.mark.parametrize("more", [{"logprobs": True}, {"repetition_penalty": 1.5}], ids=str)
+def test_steps_whose_tokens_the_host_chooses_are_captured_too(
+    build: Callable[..., Llama], looped: Callable[..., Llama], small: dict, more: dict
+) -> None:
+    """One such request among others, and a number of rows that is padded: the same tokens and log-probabilities."""
+    prompts = prompts_of([4, 8, 2], small["vocab_size"])
+    params = [
+        SamplingParams(temperature=t, max_gen_len=30, seed=5, **own) for t, own in ((0, more), (0.8, {}), (0, {}))
+    ]
+    llama = looped(max_batch_size=5)
+    found = llama.generate(prompts, params=params)
+    assert set(llama.engine.loop._steps) == {(4, Choice.HOSTS)} and len(llama.engine.loop.captured) == 1
+    expected = build(max_batch_size=5).generate(prompts, params=params)
+    assert found[0] == expected[0]
+    if found[1]:
+        assert found[1][0] == pytest.approx(expected[1][0], abs=1e-4)
 
 
 def test_captured_work_reads_and_writes_only_its_buffers(looped: Callable[..., Llama], small: dict) -> None:
@@ -176,7 +205,7 @@ def test_padding_changes_no_row(looped: Callable[..., Llama], small: dict) -> No
     prompts = prompts_of([4, 8, 2], small["vocab_size"])
     params = SamplingParams(temperature=0, max_gen_len=20)
     together = llama.generate(prompts, params=params)[0]
-    assert (4, True) in llama.engine.loop._steps
+    assert (4, Choice.BEST) in llama.engine.loop._steps
     for slot in (3, 4):
         assert all((tensor[:, slot] == 7).all() for tensor in (*llama.engine.cache.keys, *llama.engine.cache.values))
     assert together == [looped().generate([prompt], params=params)[0][0] for prompt in prompts]
