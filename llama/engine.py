@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -128,6 +129,11 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Compute one packed step; return the requests that got a token or ended."""
+        device = self.model.device  # kernels run where PyTorch is told to be: another model may have told it otherwise
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return self._step()
+
+    def _step(self) -> list[Request]:
         if self._ahead:
             return self._land()
         chunks = self.scheduler.plan()

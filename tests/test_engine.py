@@ -1,7 +1,8 @@
 """Continuous batching: what a request gets does not depend on what runs beside it, and nothing is left behind."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import reference
@@ -319,6 +320,38 @@ def test_logits_of_another_request_do_not_matter(build: Callable[..., Llama], sm
     assert rows[1] == expected[0]
     assert rows[0] == rows[2] != expected[0]
     assert expected[0][0] not in rows[0]
+
+
+def test_a_step_runs_on_the_device_of_its_model(
+    build: Callable[..., Llama], small: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though another one was chosen since: two models may be on two GPUs of a process."""
+    llama, entered = build(), []
+    model = llama.model
+
+    class OnSecond:
+        params, dtype = model.params, model.dtype
+        device = torch.device("cuda", 1)
+
+        def __call__(self, *args: object) -> Tensor:
+            assert entered == [self.device]
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        entered.append(chosen)
+        try:
+            yield
+        finally:
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr("llama.engine._pack", lambda *_: None)
+    llama.engine.model = OnSecond()
+    llama.engine.add(request(prompts_of([5], small["vocab_size"])[0]))
+    with pytest.raises(KeyboardInterrupt):
+        llama.engine.step()
+    assert entered == [OnSecond.device, "left"]
 
 
 @pytest.mark.cuda
