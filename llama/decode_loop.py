@@ -94,7 +94,7 @@ class DecodeLoop:
         self.sizes = _sizes(cache.slots)
         rows, device = cache.slots, model.device
         self._ints = torch.zeros((5, rows), dtype=torch.int64, device=device)  # Row's; source: see `_step`
-        self._floats = torch.zeros((4, rows), dtype=torch.float32, device=device)  # Row's, and the noise
+        self._floats = torch.zeros((4, rows), dtype=torch.float32, device=device)  # as `sample` takes them
         self._chosen = torch.zeros(rows, dtype=torch.int64, device=device)
         self._every = torch.arange(rows, device=device)
         self._capture = capture or graph_capture()
@@ -177,9 +177,8 @@ class DecodeLoop:
         if choice is Choice.HOSTS:
             self._logits[:size] = logits
             return
-        temperature, top_p, min_p, noise = self._floats[:, :size]
         drawn = choice is Choice.DRAWN
-        chosen = sample_all(logits, temperature, top_p, top_k, min_p, noise) if drawn else logits.argmax(-1)
+        chosen = sample_all(logits, self._floats[:, :size], top_k) if drawn else logits.argmax(-1)
         self._chosen[:size] = torch.where(logits.sum(-1).isfinite(), chosen, -1)
         tokens.copy_(chosen[source])  # a row that pads stays what it repeats, however the two are rounded
         positions += 1

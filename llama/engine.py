@@ -319,9 +319,9 @@ def _choose(requests: list[Request], keys: list[bytes], logits: Tensor, best: li
         (r.params.temperature, r.params.top_p, r.params.min_p, uniform(key, len(r.prompt) + len(r.tokens)))
         for r, key in zip(requests, keys, strict=True)
     ]
-    temperature, top_p, min_p, noise = torch.tensor(columns, device=logits.device).unbind(1)
+    numbers = torch.tensor(columns, device=logits.device).T
     top_k = torch.tensor([r.params.top_k for r in requests], device=logits.device)
-    return sample(logits, temperature, top_p, top_k, min_p, noise).tolist()
+    return sample(logits, numbers, top_k).tolist()
 
 
 def _score(request: Request, positions: range, logits: Tensor) -> None:

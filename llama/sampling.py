@@ -7,16 +7,16 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llama.kernels.library import usable
+from llama.kernels.small import draw
 from llama.request import SamplingParams
 
 NOISE_BITS = 24  # of a number of noise: as many as float32 has
 WHOLE = 1 << 38  # probability 1 in whole numbers, whose sums are the same in every order; times noise it fits 63 bits
-CANDIDATES = 256  # a CPU sorts so many first, and all of them only for rows whose kept tokens reach further
 
 
 def noise_key(seed: int, prompt: Sequence[int]) -> bytes:
@@ -30,107 +30,49 @@ def uniform(key: bytes, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 64 - NOISE_BITS) * 2.0**-NOISE_BITS
 
 
-def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, noise: Tensor) -> Tensor:
-    """Draw a token (R,) int64 for each row of logits (R, V); all else is (R,), float32 but for int64 top_k.
+def sample(logits: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
+    """Draw a token (R,) int64 for each row of logits (R, V).
 
-    Temperature 0 takes the largest logit. The filters are those of `SamplingParams`, ties going to the lower
-    token; of the kept tokens, in the order of their ids, the one is taken in which noise · kept mass falls.
+    `numbers` (4, R) float32 are each row's temperature, top_p, min_p and noise; `top_k` (R,) int64. Temperature 0 takes
+    the largest logit. The filters are those of `SamplingParams`, ties going to the lower token; of the kept tokens, in
+    the order of their ids, the one is taken in which noise · kept mass falls.
     """
-    if logits.device.type == "cuda":
-        return sample_all(logits, temperature, top_p, top_k, min_p, noise)
-    tokens = logits.argmax(-1)
-    drawn = (temperature > 0).nonzero().flatten()
-    if len(drawn) == 0:
-        return tokens
-    # Less the largest first: divided by a tiny temperature it would be infinite.
-    spread = logits[drawn] - logits[drawn].amax(-1, keepdim=True)
-    probs = torch.softmax(spread / temperature[drawn, None], dim=-1)
-    tokens[drawn] = _draw(probs, _Filters(top_p, top_k, min_p, noise).of(drawn))
-    return tokens
+    return draw(logits, numbers, top_k) if usable(logits) else sample_all(logits, numbers, top_k)
 
 
-def sample_all(
-    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, noise: Tensor
-) -> Tensor:
-    """The same, with every row sorted: the host never waits for the device, so a CUDA graph may hold it."""
+def sample_all(logits: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
+    """The same by PyTorch, with every row sorted: the host never waits for the device, so a CUDA graph may hold it."""
+    temperature, top_p, min_p, noise = numbers
     drawn = temperature > 0
+    # Less the largest first: divided by a tiny temperature it would be infinite.
     spread = logits - logits.amax(-1, keepdim=True)
     probs = torch.softmax(spread / torch.where(drawn, temperature, 1.0)[:, None], dim=-1)
-    return torch.where(drawn, _draw_sorted(probs, _Filters(top_p, top_k, min_p, noise)), logits.argmax(-1))
+    kept = _kept(probs, top_p, top_k, min_p)
+    return torch.where(drawn, _draw(torch.where(kept, probs, 0.0), noise), logits.argmax(-1))
 
 
-@dataclass(frozen=True, slots=True)
-class _Filters:
-    """The filters and the noise of R rows, each (R,)."""
-
-    top_p: Tensor
-    top_k: Tensor
-    min_p: Tensor
-    noise: Tensor
-
-    @property
-    def open(self) -> Tensor:
-        """Which rows keep every token."""
-        return (self.top_p == 1) & (self.top_k == 0) & (self.min_p == 0)
-
-    def of(self, rows: Tensor) -> "_Filters":
-        return _Filters(self.top_p[rows], self.top_k[rows], self.min_p[rows], self.noise[rows])
-
-
-def _draw(probs: Tensor, filters: _Filters) -> Tensor:
-    """Draw from probs (R, V), each row by the cheapest way that is exact for it.
-
-    A row without filters is not sorted. A CPU takes the best CANDIDATES of a row, where they surely hold all kept
-    tokens. Everything else is a full sort. Which way a row goes depends on that row alone.
-    """
-    tokens = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
-    open_rows = filters.open
-    few = torch.zeros_like(open_rows)
-    if probs.device.type == "cpu" and probs.shape[1] > CANDIDATES:
-        few = ~open_rows & _candidates_suffice(probs, filters)
-    for chosen, draw in ((open_rows, _draw_open), (few, _draw_few), (~(open_rows | few), _draw_sorted)):
-        rows = chosen.nonzero().flatten()
-        if len(rows):
-            tokens[rows] = draw(probs[rows], filters.of(rows))
-    return tokens
-
-
-def _candidates_suffice(probs: Tensor, filters: _Filters) -> Tensor:
-    """Whether the CANDIDATES best of each row (R,) hold all that its filters keep, and no tie reaches beyond them."""
-    best = probs.topk(CANDIDATES + 1, dim=-1).values
-    last, beyond = best[:, CANDIDATES - 1], best[:, CANDIDATES]
-    by_k = (filters.top_k > 0) & (filters.top_k <= CANDIDATES)
-    by_mass = (filters.top_k == 0) & (_shares(best[:, :CANDIDATES]).sum(-1) > filters.top_p * WHOLE)
-    return (last > beyond) & (by_k | by_mass | (beyond < filters.min_p * best[:, 0]) & (filters.top_k == 0))
-
-
-def _draw_few(probs: Tensor, filters: _Filters) -> Tensor:
-    ids = probs.topk(CANDIDATES, dim=-1).indices.sort(dim=-1).values
-    return ids.gather(1, _draw_sorted(probs.gather(1, ids), filters)[:, None])[:, 0]
-
-
-def _draw_sorted(probs: Tensor, filters: _Filters) -> Tensor:
-    """Draw from probs (R, C), after a stable sort that tells which tokens the filters keep."""
+def _kept(probs: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
+    """Which tokens of probs (R, V) the filters keep, told by a stable sort."""
     best, order = torch.sort(probs, dim=-1, descending=True, stable=True)
     rank, shares = torch.arange(probs.shape[1], device=probs.device), _shares(best)
-    limited = filters.top_k > 0
-    kept = ~limited[:, None] | (rank < filters.top_k[:, None])
+    limited = top_k > 0
+    kept = ~limited[:, None] | (rank < top_k[:, None])
     cumulative = torch.where(kept, shares, 0).cumsum(-1)
-    # What top_k keeps is renormalised before top_p; without it a row's mass is 1, even if only candidates are here.
+    # What top_k keeps is renormalised before top_p; without it a row's mass is 1, however its sum is rounded.
     mass = torch.where(limited, cumulative[:, -1], WHOLE)
-    kept &= cumulative - shares <= (filters.top_p * mass)[:, None]
-    kept &= best >= filters.min_p[:, None] * best[:, :1]
-    kept |= filters.open[:, None]  # to the last token, however the sum is rounded
-    return _draw_open(probs * torch.empty_like(kept).scatter_(1, order, kept), filters)
+    kept &= cumulative - shares <= (top_p * mass)[:, None]
+    kept &= best >= min_p[:, None] * best[:, :1]
+    kept |= ((top_p == 1) & ~limited & (min_p == 0))[:, None]
+    return torch.empty_like(kept).scatter_(1, order, kept)
 
 
-def _draw_open(probs: Tensor, filters: _Filters) -> Tensor:
-    """Draw from all of probs (R, C), in the order of the columns.
+def _draw(probs: Tensor, noise: Tensor) -> Tensor:
+    """Draw from all of probs (R, V), in the order of the tokens.
 
     Not in the order of probability: there a rounding error that swaps two like tokens would change the draw.
     """
     cumulative = _shares(probs).cumsum(-1)
-    target = (filters.noise[:, None] * 2**NOISE_BITS).long() * cumulative[:, -1:] >> NOISE_BITS
+    target = (noise[:, None] * 2**NOISE_BITS).long() * cumulative[:, -1:] >> NOISE_BITS
     drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return drawn.clamp(max=probs.shape[1] - 1)  # beyond, where logits are not finite: such rows are refused later
 
@@ -140,7 +82,7 @@ def _shares(probs: Tensor) -> Tensor:
 
     Rounded, a sum could also grow at a token of probability 0, which might then be drawn.
     """
-    return (probs * WHOLE).long()
+    return (probs * WHOLE).round().long()
 
 
 def adjust(

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,17 +10,32 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import llama.sampling as sampling
+from llama.kernels import library, small
 from llama.request import SamplingParams, derive_seed
 from llama.sampling import adjust, noise_key, sample, top_logprobs, uniform
+
+VARIANTS = range(library.variant() + 1) if library.load()[0] else []
+
+
+@pytest.fixture(
+    scope="module", params=["sorted", *VARIANTS], ids=["sorted", *library.VARIANTS[: len(VARIANTS)]], autouse=True
+)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test with PyTorch's operators, as on a GPU, and with the kernel in each variant of this processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "sorted":
+            patch.setattr(sampling, "usable", lambda logits: None)
+        else:
+            patch.setattr(small, "variant", lambda: request.param)
+        yield
 
 
 def draw(logits: torch.Tensor, noise: list[float], temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> list[int]:
     """One draw a number of noise, all rows with the same logits (V,) or their own (R, V)."""
     rows = len(noise)
     logits = logits.expand(rows, -1)
-    fill = [torch.full((rows,), float(value)) for value in (temperature, top_p, min_p)]
-    k = torch.full((rows,), top_k)
-    return sample(logits, fill[0], fill[1], k, fill[2], torch.tensor(noise)).tolist()
+    numbers = torch.tensor([[temperature] * rows, [top_p] * rows, [min_p] * rows, noise])
+    return sample(logits, numbers, torch.full((rows,), top_k)).tolist()
 
 
 def kept(logits: torch.Tensor, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> dict[int, float]:
@@ -130,38 +146,39 @@ def test_the_colder_the_more_certain(temperature: float, filters: dict) -> None:
     assert draw(torch.tensor([1.0, 3.0, 2.0]), [0.0, 0.5, 0.999], temperature, **filters) == [1, 1, 1]
 
 
-def test_candidates_give_what_a_full_sort_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a row is drawn from its best candidates or from a full sort, the token is the same; ties included."""
+def test_the_kernel_draws_what_a_full_sort_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of flat rows and steep ones, ties included, whatever the filters."""
     g = torch.Generator().manual_seed(0)
     noise = torch.rand(40, generator=g).tolist()
-    logits = torch.randn(40, 2000, generator=g) * torch.linspace(0.5, 6, 40)[:, None]
-    for rows in (logits, logits.round()):
+    logits = torch.randn(40, 2000, generator=g) * torch.linspace(0.1, 6, 40)[:, None]
+    for rows in (logits, logits.round(), torch.zeros(40, 2000), torch.randn(40, 1), torch.randn(40, 64)):
         for filters in (
+            {},
             {"top_p": 0.9},
             {"top_k": 50},
             {"min_p": 0.1},
             {"top_p": 0.7, "top_k": 80, "min_p": 0.01},
-            {"top_p": 0.5, "top_k": 300, "min_p": 0.4},
+            {"top_p": 0.5, "top_k": 1999, "min_p": 0.4},
+            {"top_p": 0.0},
+            {"top_p": 0.999, "top_k": 3000},
         ):
-            fast = draw(rows, noise, **filters)
-            monkeypatch.setattr(sampling, "CANDIDATES", 10_000)
-            assert draw(rows, noise, **filters) == fast
-            monkeypatch.undo()
+            found = draw(rows, noise, **filters)
+            with monkeypatch.context() as patch:
+                patch.setattr(sampling, "usable", lambda logits: None)
+                assert draw(rows, noise, **filters) == found
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
     """A batch of mixed parameters draws what each row draws alone; temperature 0 takes the largest logit."""
     g = torch.Generator().manual_seed(2)
     logits = torch.randn(12, 500, generator=g) * 3
-    columns = [torch.rand(12, generator=g) for _ in range(3)]
-    temperature = torch.tensor([0, 1.0, 0.5] * 4)
+    numbers = torch.rand(4, 12, generator=g)
+    numbers[0] = torch.tensor([0, 1.0, 0.5] * 4)
     top_k = torch.tensor([0, 3, 0, 40] * 3)
-    together = sample(logits, temperature, columns[0], top_k, columns[1], columns[2])
+    together = sample(logits, numbers, top_k)
     for i in range(12):
-        one = slice(i, i + 1)
-        alone = sample(logits[one], temperature[one], columns[0][one], top_k[one], columns[1][one], columns[2][one])
-        assert alone[0] == together[i]
-    greedy = temperature == 0
+        assert sample(logits[i : i + 1], numbers[:, i : i + 1], top_k[i : i + 1])[0] == together[i]
+    greedy = numbers[0] == 0
     assert torch.equal(together[greedy], logits.argmax(-1)[greedy])
 
 
@@ -206,11 +223,8 @@ def test_what_is_not_finite_draws_a_token_of_the_vocabulary() -> None:
     logits[0, 3], logits[1, 7], logits[2] = math.nan, math.inf, math.nan
     for filters in ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
         for noise in (0.0, 0.5, 1 - 2**-24):
-            values = {"top_p": 1.0, "min_p": 0.0, "top_k": 0, **filters}
-            top_p, min_p, k = (torch.full((6,), values[name]) for name in ("top_p", "min_p", "top_k"))
-            for function in (sample, sampling.sample_all):
-                tokens = function(logits, torch.ones(6), top_p, k, min_p, torch.full((6,), noise))
-                assert ((tokens >= 0) & (tokens < 50)).all()
+            tokens = draw(logits, [noise] * 6, **filters)
+            assert all(0 <= token < 50 for token in tokens)
 
 
 def test_noise_is_a_function_of_seed_prompt_and_position() -> None:

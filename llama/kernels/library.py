@@ -28,10 +28,14 @@ _ARGUMENTS = {
     "llama_attend": [_POINTER] * 8 + [_LONG] * 6 + [_INT] * 3,
     "llama_gate": [_POINTER] * 2 + [_LONG] * 2 + [_INT] * 3,
     "llama_choose": [_POINTER] * 3 + [_LONG] * 2 + [_INT],
+    "llama_sample_workspace": [_LONG],
+    "llama_sample": [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 2,
     "llama_step_workspace": [_POINTER, _LONG],
     "llama_step": [_POINTER, _LONG] + [_POINTER] * 5 + [_LONG] + [_POINTER] * 2,
 }
-_RETURNS = {"llama_workspace": _LONG, "llama_most_rows": _LONG, "llama_step_workspace": _LONG}
+_RETURNS = dict.fromkeys(
+    ("llama_workspace", "llama_most_rows", "llama_step_workspace", "llama_sample_workspace"), _LONG
+)
 
 
 def usable(x: Tensor) -> ctypes.CDLL | None:

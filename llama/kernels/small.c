@@ -7,26 +7,6 @@ INLINE float rounded(float value, int dtype) {
     return dtype == BFLOAT16 ? from_bfloat16(to_bfloat16(value)) : value;
 }
 
-/* eˣ within 2 · 10⁻⁷ of itself, as 2ⁿ · eʳ with |r| ≤ ln 2 / 2; NaN stays NaN. Unlike expf it can be done for 16 at once. */
-INLINE float exponential(float x) {
-    float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float shifted = bounded * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; /* n in the low bits of the sum */
-    float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    uint32_t bits;
-    float power;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits + 127) << 23;
-    memcpy(&power, &bits, 4);
-    return p * power;
-}
-
 /* ------------------------------------------------------------------------------------------------- RMSNorm */
 
 INLINE void norm_row(const void *x, const void *weight, void *y, int64_t first, int64_t dim, float eps, int dtype) {

@@ -120,5 +120,19 @@ def choose(logits: Tensor) -> tuple[list[int], list[bool]]:
     return tokens.tolist(), finite.tolist()
 
 
+def draw(logits: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
+    """`sampling.sample`, where `usable`: `numbers` (4, R) are temperature, top_p, min_p and noise."""
+    library = usable(logits)
+    assert library is not None
+    logits, numbers, (rows, vocab) = logits.contiguous(), numbers.contiguous(), logits.shape
+    tokens, threads = torch.empty(rows, dtype=torch.int64), min(rows, torch.get_num_threads())
+    workspace = torch.empty(threads * library.llama_sample_workspace(vocab), dtype=torch.uint8)
+    library.llama_sample(
+        logits.data_ptr(), numbers.data_ptr(), top_k.data_ptr(), tokens.data_ptr(), workspace.data_ptr(), rows, vocab,
+        variant(), threads,
+    )  # fmt: skip
+    return tokens
+
+
 def _threads(x: Tensor) -> int:
     return torch.get_num_threads() if x.numel() > WORTH_THREADS else 1
