@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llama.kernels.library import usable
+from llama.kernels.library import gpu_sampling, usable
 from llama.kernels.small import draw
 from llama.request import SamplingParams
 
@@ -41,14 +41,20 @@ def sample(logits: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
 
 
 def sample_all(logits: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
-    """The same by PyTorch, with every row sorted: the host never waits for the device, so a CUDA graph may hold it."""
-    temperature, top_p, min_p, noise = numbers
-    drawn = temperature > 0
+    """The same without the kernels for a CPU. The host never waits for the device, so a CUDA graph may hold it."""
+    drawn = numbers[0] > 0
     # Less the largest first: divided by a tiny temperature it would be infinite.
     spread = logits - logits.amax(-1, keepdim=True)
-    probs = torch.softmax(spread / torch.where(drawn, temperature, 1.0)[:, None], dim=-1)
-    kept = _kept(probs, top_p, top_k, min_p)
-    return torch.where(drawn, _draw(torch.where(kept, probs, 0.0), noise), logits.argmax(-1))
+    probs = torch.softmax(spread / torch.where(drawn, numbers[0], 1.0)[:, None], dim=-1)
+    gpu = gpu_sampling(logits.device)
+    tokens = gpu.draw(probs, numbers, top_k) if gpu else _draw_sorted(probs, numbers, top_k)
+    return torch.where(drawn, tokens, logits.argmax(-1))
+
+
+def _draw_sorted(probs: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
+    """Draw from what the filters keep of probs (R, V), by PyTorch's operators."""
+    _, top_p, min_p, noise = numbers
+    return _draw(torch.where(_kept(probs, top_p, top_k, min_p), probs, 0.0), noise)
 
 
 def _kept(probs: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:

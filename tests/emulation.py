@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama import attention, flash_attention
+from llama import attention, flash_attention, sampling
 from llama.kernels import library, quantized, small
 
 
@@ -81,3 +81,4 @@ def gpu_path(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (attention, quantized, small):
         monkeypatch.setattr(module, "gpu_kernels", lambda x: gpu)
     monkeypatch.setattr(attention, "load_gpu", lambda device: gpu)
+    monkeypatch.setattr(sampling, "gpu_sampling", lambda device: importlib.import_module("llama.kernels.gpu_sampling"))

@@ -1,5 +1,6 @@
 """The Triton kernels: interpreted on a CPU, and compiled for GPUs that are not there; on CUDA as they are."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from conftest import ROOT
 from emulation import flash_kernel, gpu, gpu_path
 from test_attention import naive
 
-from llama import Llama, SamplingParams
+from llama import Llama, SamplingParams, sampling
 from llama.attention import attention, on_device, plan
 from llama.decode_loop import DecodeLoop, as_it_is
 from llama.kernels import library, small
@@ -26,6 +27,10 @@ __all__ = ["flash_kernel", "gpu", "gpu_path"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.cuda)]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+FILTERS = [  # top_p, min_p, top_k
+    (1.0, 0.0, 0), (0.9, 0.0, 0), (0.3, 0.0, 0), (0.0, 0.0, 0), (0.999, 0.0, 0), (1.0, 0.05, 0), (0.95, 1.0, 0),
+    (1.0, 0.0, 1), (1.0, 0.0, 40), (0.5, 0.0, 7), (0.8, 0.02, 300), (0.99, 0.0, 90000),
+]  # fmt: skip
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -169,6 +174,49 @@ def test_single_tokens_among_prompts_go_through_them(gpu_path: None, float8: boo
     for span in step.spans:
         keys, values = (t.float().transpose(0, 1) for t in cache.view(0, span.slot, span.length))
         assert error(found[span.rows], naive(q[span.rows].float(), keys, values, span.start)) < 2e-3
+
+
+@pytest.mark.parametrize("vocab", [1, 30, 700])
+@pytest.mark.parametrize("shape", ["peaked", "flat", "with ties", "all alike", "half banned", "not finite"])
+def test_tokens_are_drawn_as_from_a_sorted_row(
+    gpu: ModuleType, vocab: int, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly, whatever the filters; and always a token of the vocabulary."""
+    kernel = importlib.import_module("llama.kernels.gpu_sampling")
+    monkeypatch.setattr(kernel, "BLOCK", 256)
+    logits = torch.randn(len(FILTERS), vocab) * {"peaked": 6, "all alike": 0}.get(shape, 1)
+    if shape == "with ties":
+        logits = logits.round()
+    if shape == "half banned":
+        logits[:, 1::2] = -torch.inf
+    if shape == "not finite":
+        logits[:, vocab // 2] = torch.nan
+    probs = torch.softmax(logits, -1).to(DEVICE)
+    for noise in (0.37, 1 - 2**-24):
+        *columns, top_k = (torch.tensor(column) for column in zip(*FILTERS, strict=True))
+        numbers = torch.stack([torch.ones(len(FILTERS)), *columns, torch.full((len(FILTERS),), noise)]).to(DEVICE)
+        tokens = kernel.draw(probs, numbers, top_k.to(DEVICE))
+        assert ((tokens >= 0) & (tokens < vocab)).all()
+        if shape != "not finite":
+            assert tokens.equal(sampling._draw_sorted(probs, numbers, top_k.to(DEVICE)))
+
+
+def test_top_p_is_of_what_top_k_keeps(gpu: ModuleType) -> None:
+    kernel = importlib.import_module("llama.kernels.gpu_sampling")
+    probs = torch.tensor([[0.3, 0.5, 0.2]] * 2).to(DEVICE)
+    numbers = torch.tensor([[1.0, 1.0], [0.65, 0.6], [0.0, 0.0], [0.1, 0.1]]).to(DEVICE)
+    assert kernel.draw(probs, numbers, torch.tensor([2, 2]).to(DEVICE)).tolist() == [0, 1]
+
+
+@pytest.mark.cuda
+def test_tokens_are_drawn_as_on_a_cpu() -> None:
+    """All of sampling, from logits on: but for draws that fall where two tokens meet."""
+    logits, numbers = torch.randn(512, 32000) * 3, torch.rand(4, 512)
+    numbers[0] = torch.tensor([0.0, 0.6, 1.0, 1.5] * 128)
+    numbers[2] *= 0.1
+    top_k = torch.tensor([0, 0, 40, 5000] * 128)
+    found = sampling.sample_all(logits.cuda(), numbers.cuda(), top_k.cuda()).cpu()
+    assert (found != sampling.sample_all(logits, numbers, top_k)).sum() <= 2
 
 
 class PTX:
@@ -315,6 +363,9 @@ for dtype in (torch.bfloat16, torch.float16):
     gpu.add_norm(x, None, x[0], 1e-5)
     gpu.add_norm(x, x, x[0], 1e-5)
     gpu.gate(x)
+from llama.kernels.gpu_sampling import draw
+for vocab in (32000, 32016, 517):
+    draw(torch.rand(3, vocab), torch.rand(4, 8)[:, :3], torch.zeros(3, dtype=torch.int64))
 """
 
 
@@ -330,7 +381,7 @@ def test_every_kernel_compiles(capability: int) -> None:
     seen = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, _ in seen} == {
         "_product_kernel", "_dequantize_kernel", "_attend_kernel", "_join_kernel", "_norm_kernel", "_gate_kernel",
-        "_turn_kernel",
+        "_turn_kernel", "_draw_kernel",
     }  # fmt: skip
     assert max(int(shared) for _, shared in seen) <= 99 * 1024
 

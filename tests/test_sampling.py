@@ -130,6 +130,13 @@ def test_exactly_the_kept_tokens_are_drawn(
     assert draw(logits, ((shares[:-1] + shares[1:]) / 2).tolist(), **filters) == list(expected)
 
 
+def test_top_p_is_of_what_top_k_keeps() -> None:
+    """Of 0.5, 0.3 and 0.2 two are kept, then those before which come at most 0.65 · 0.8."""
+    logits = torch.tensor([0.3, 0.5, 0.2]).log()
+    assert draw(logits, [0.1, 0.5, 0.9], top_k=2, top_p=0.65) == [0, 1, 1]
+    assert draw(logits, [0.1, 0.5, 0.9], top_k=2, top_p=0.6) == [1, 1, 1]
+
+
 def test_like_tokens_go_to_the_lower_and_top_p_itself_is_kept() -> None:
     """A token is kept where the probability before it is ≤ top_p, equal included."""
     logits = torch.zeros(600)

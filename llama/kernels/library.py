@@ -52,6 +52,15 @@ def gpu_kernels(x: Tensor) -> ModuleType | None:
     return load_gpu(x.device)
 
 
+def gpu_sampling(device: torch.device) -> ModuleType | None:
+    """gpu_sampling.py, where it can draw: on CUDA with Triton."""
+    if device.type != "cuda" or no_gpu(device):
+        return None
+    from llama.kernels import gpu_sampling
+
+    return gpu_sampling
+
+
 def why_not(device: torch.device) -> str | None:
     """Why this device has no kernels of ours, in one line; None where it has."""
     missing = no_gpu(device) if device.type == "cuda" else None if load()[0] or device.type != "cpu" else load()[1]
