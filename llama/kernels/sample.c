@@ -1,10 +1,25 @@
-/* A token drawn from each row of logits: what sampling.py says, without sorting the row. How many tokens have at least
-   some probability, and how much together, one pass tells; a search by halves finds the last token that is kept. */
+/* A token for each row of logits: the best one, or one that is drawn as sampling.py says, without sorting the row. How
+   many tokens have at least some probability, and how much together, one pass tells; a search by halves finds the last
+   token that is kept. */
 
 #include "kernels.h"
 
 enum { NOISE_BITS = 24, BLOCK = 128, FEW = 256 };
 static const float WHOLE = 0x1p38f; /* probability 1 as an integer; sums of such integers are exact in doubles too */
+
+/* The first of the largest logits, and whether all are finite. */
+INLINE void choose_row(const float *logits, int64_t vocab, int64_t *token, uint8_t *finite) {
+    float largest = -INFINITY, zero = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : zero)
+    for (int64_t i = 0; i < vocab; i++) {
+        largest = logits[i] > largest ? logits[i] : largest;
+        zero += logits[i] * 0.0f; /* NaN and infinities times 0 are NaN */
+    }
+    int64_t at = 0;
+    while (at < vocab - 1 && logits[at] != largest) at++;
+    *token = at;
+    *finite = zero == 0;
+}
 
 /* A probability as an integer, the nearest: what is added and taken away leaves no room for a fraction. */
 INLINE double share(float p) { return ((double)p * WHOLE + 0x1.8p52) - 0x1.8p52; }
@@ -182,8 +197,9 @@ typedef struct {
 
 INLINE int64_t sample_row(const float *logits, Choice how, const Row *row) {
     if (!(how.temperature > 0)) {
-        int64_t best = 0;
-        for (int64_t i = 1; i < row->vocab; i++) best = logits[i] > logits[best] ? i : best;
+        int64_t best;
+        uint8_t finite;
+        choose_row(logits, row->vocab, &best, &finite);
         return best;
     }
     float best = softmax(logits, how.temperature, row), floor = how.min_p * best, bound = how.top_p * WHOLE;
@@ -198,14 +214,30 @@ INLINE int64_t sample_row(const float *logits, Choice how, const Row *row) {
     return draw(row, cut, floor, how.noise);
 }
 
-#define VARIANT(target, name) \
-    target static int64_t name(const float *logits, Choice how, const Row *row) { return sample_row(logits, how, row); }
+#define VARIANTS(target, suffix) \
+    target static int64_t sample_##suffix(const float *logits, Choice how, const Row *row) { \
+        return sample_row(logits, how, row); \
+    } \
+    target static void choose_##suffix(const float *logits, int64_t vocab, int64_t *token, uint8_t *finite) { \
+        choose_row(logits, vocab, token, finite); \
+    }
 
-VARIANT(, sample_portable)
+VARIANTS(, portable)
 #if X86
-VARIANT(AVX2, sample_avx2)
-VARIANT(AVX512, sample_avx512)
+VARIANTS(AVX2, avx2)
+VARIANTS(AVX512, avx512)
+#define CALL(name, ...) \
+    (variant >= USES_AVX512 ? name##_avx512(__VA_ARGS__) \
+     : variant == USES_AVX2 ? name##_avx2(__VA_ARGS__) \
+                            : name##_portable(__VA_ARGS__))
+#else
+#define CALL(name, ...) name##_portable(__VA_ARGS__)
 #endif
+
+/* Of each row of logits (n, vocab) the first of the largest, and whether all are finite. */
+void llama_choose(const float *logits, int64_t *tokens, uint8_t *finite, int64_t n, int64_t vocab, int variant) {
+    for (int64_t row = 0; row < n; row++) CALL(choose, logits + row * vocab, vocab, tokens + row, finite + row);
+}
 
 /* Bytes that one thread needs for rows of so many logits. */
 int64_t llama_sample_workspace(int64_t vocab) { return (vocab + BLOCK) * (sizeof(uint64_t) + 2 * sizeof(float)); }
@@ -222,12 +254,7 @@ void llama_sample(
         const Row room = {probs, probs + vocab + BLOCK, keys, vocab};
         for (int64_t row = n * thread / threads; row < n * (thread + 1) / threads; row++) {
             Choice how = {numbers[row], numbers[n + row], numbers[2 * n + row], numbers[3 * n + row], top_k[row]};
-#if X86
-            if (variant >= USES_AVX512) tokens[row] = sample_avx512(logits + row * vocab, how, &room);
-            else if (variant == USES_AVX2) tokens[row] = sample_avx2(logits + row * vocab, how, &room);
-            else
-#endif
-                tokens[row] = sample_portable(logits + row * vocab, how, &room);
+            tokens[row] = CALL(sample, logits + row * vocab, how, &room);
         }
     }
 }

@@ -96,22 +96,6 @@ INLINE void gate_row(const void *both, void *y, int64_t row, int64_t begin, int6
     }
 }
 
-/* ------------------------------------------------------------------------------------------------- greedy choice */
-
-/* The first of the largest logits, and whether all are finite. */
-INLINE void choose_row(const float *logits, int64_t vocab, int64_t *token, uint8_t *finite) {
-    float largest = -INFINITY, zero = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : zero)
-    for (int64_t i = 0; i < vocab; i++) {
-        largest = logits[i] > largest ? logits[i] : largest;
-        zero += logits[i] * 0.0f; /* NaN and infinities times 0 are NaN */
-    }
-    int64_t at = 0;
-    while (at < vocab - 1 && logits[at] != largest) at++;
-    *token = at;
-    *finite = zero == 0;
-}
-
 /* ------------------------------------------------------------------------------------------------- variants */
 
 /* Each operation compiled for bfloat16 and float32, and for the vectors that the processor has. */
@@ -135,9 +119,6 @@ INLINE void choose_row(const float *logits, int64_t vocab, int64_t *token, uint8
     target static void gate_##suffix(const void *both, void *y, int64_t row, int64_t begin, int64_t end, int64_t hidden, \
                                      int dt) { \
         PER_DTYPE(gate_row(both, y, row, begin, end, hidden, D), dt) \
-    } \
-    target static void choose_##suffix(const float *logits, int64_t vocab, int64_t *token, uint8_t *finite) { \
-        choose_row(logits, vocab, token, finite); \
     }
 
 VARIANTS(, portable)
@@ -204,9 +185,4 @@ void llama_gate(const void *both, void *y, int64_t n, int64_t hidden, int dtype,
             CALL(gate, both, y, row, from, to, hidden, dtype);
         }
     }
-}
-
-/* Of each row of logits (n, vocab) the first of the largest, and whether all are finite. */
-void llama_choose(const float *logits, int64_t *tokens, uint8_t *finite, int64_t n, int64_t vocab, int variant) {
-    for (int64_t row = 0; row < n; row++) CALL(choose, logits + row * vocab, vocab, tokens + row, finite + row);
 }
