@@ -66,8 +66,9 @@ def graph_capture() -> Callable[[Work], Work]:
     own_stream = functools.cache(torch.cuda.Stream)
 
     def capture(work: Work) -> Work:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None, stream=own_stream()):
+        graph, pool = torch.cuda.CUDAGraph(), graphs[0].pool() if graphs else None
+        # The outer one takes the stream back where a capture fails: torch.cuda.graph then does not.
+        with torch.cuda.stream(own_stream()), torch.cuda.graph(graph, pool=pool, stream=own_stream()):
             work()
         graphs.append(graph)
         return graph.replay

@@ -346,13 +346,24 @@ def test_graphs_of_a_loop_share_memory_and_a_stream_and_with_other_loops_nothing
 
     @contextmanager
     def record(graph: Graph, pool: object, stream: object) -> Iterator[None]:
+        assert current == [stream]
         graph.own_pool = pool or object()
         recorded.append((graph.own_pool, stream))
         yield
 
+    @contextmanager
+    def entered(stream: object) -> Iterator[None]:
+        current.append(stream)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    current: list[object] = []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(Graph, "replay", lambda self: None, raising=False)
 
     def fail() -> None:
@@ -361,6 +372,7 @@ def test_graphs_of_a_loop_share_memory_and_a_stream_and_with_other_loops_nothing
     one, other = graph_capture(), graph_capture()
     with pytest.raises(RuntimeError):  # its memory is nobody's
         one(fail)
+    assert current == []
     for capture in (one, one, other, one, other):
         capture(lambda: None)
     failed, *held = recorded
