@@ -20,14 +20,14 @@ VARIANTS = range(library.variant() + 1) if library.load()[0] else []
 @pytest.fixture(
     scope="module", params=["sorted", *VARIANTS], ids=["sorted", *library.VARIANTS[: len(VARIANTS)]], autouse=True
 )
-def way(request: pytest.FixtureRequest) -> Iterator[None]:
+def way(request: pytest.FixtureRequest) -> Iterator[str | int]:
     """Every test with PyTorch's operators, as on a GPU, and with the kernel in each variant of this processor."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "sorted":
             patch.setattr(sampling, "usable", lambda logits: None)
         else:
             patch.setattr(small, "variant", lambda: request.param)
-        yield
+        yield request.param
 
 
 def draw(logits: torch.Tensor, noise: list[float], temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> list[int]:
@@ -153,8 +153,10 @@ def test_the_colder_the_more_certain(temperature: float, filters: dict) -> None:
     assert draw(torch.tensor([1.0, 3.0, 2.0]), [0.0, 0.5, 0.999], temperature, **filters) == [1, 1, 1]
 
 
-def test_the_kernel_draws_what_a_full_sort_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_draws_what_a_full_sort_draws(way: str | int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of flat rows and steep ones, ties included, whatever the filters."""
+    if way == "sorted":
+        pytest.skip("it would be compared with itself")
     g = torch.Generator().manual_seed(0)
     noise = torch.rand(40, generator=g).tolist()
     logits = torch.randn(40, 2000, generator=g) * torch.linspace(0.1, 6, 40)[:, None]
@@ -200,8 +202,10 @@ def test_extreme_noise_draws_a_kept_token(noise: float, filters: dict) -> None:
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "in parts"])
-def test_no_order_of_addition_changes_a_draw(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_order_of_addition_changes_a_draw(way: str | int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does any draw a token of probability 0, wherever the noise falls."""
+    if way != "sorted":
+        pytest.skip("the kernel adds in an order of its own")
     g = torch.Generator().manual_seed(0)
     logits = (torch.randn(3000, generator=g) * 2).masked_fill(torch.rand(3000, generator=g) < 0.5, -math.inf)
     edges = (logits.softmax(-1).double().cumsum(-1) * 2**24).long()  # where a rounding error may matter
