@@ -44,9 +44,9 @@ def kept(logits: torch.Tensor, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -
     order = sorted(range(len(probs)), key=lambda token: (-probs[token], token))
     order = order[: top_k or None]
     mass = sum(probs[token] for token in order) if top_k else 1.0
-    chosen, before = [], 0.0
+    chosen, before, unlimited = [], 0.0, top_p == 1 and not top_k and not min_p  # however the sum is rounded
     for token in order:
-        if before <= top_p * mass and probs[token] >= min_p * probs[order[0]]:
+        if (unlimited or before <= top_p * mass) and probs[token] >= min_p * probs[order[0]]:
             chosen.append(token)
         before += probs[token]
     total = sum(probs[token] for token in chosen)
