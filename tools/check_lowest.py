@@ -1,4 +1,4 @@
-"""Check that the lower bounds in pyproject.toml are true: python tools/check_lowest.py (minutes, gigabytes of downloads)
+"""Check that the lower bounds in pyproject.toml are true: python tools/check_lowest.py (minutes, gigabytes to load)
 
 Installs the lowest versions that the bounds allow, on the oldest Python of this machine that is supported, then runs
 both example scripts and the tests of what those versions could break. Needs Python 3.11 or later itself, for tomllib.
@@ -7,9 +7,9 @@ both example scripts and the tests of what those versions could break. Needs Pyt
 import shutil
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
 
+import tomllib
 from check_install import NOT_COPIED, ROOT, pythons, run
 
 TESTS = [f"tests/test_{name}.py" for name in ("generation", "checkpoint", "cli", "sampling", "tokenizer", "progress")]
