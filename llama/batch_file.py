@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -86,6 +86,7 @@ def _read_object(number: int, value: dict[str, Any], defaults: SamplingParams) -
     name = value.pop("id", None)
     if not isinstance(name, str | int | None) or isinstance(name, bool):
         return Line(number, error=f"id is a JSON {type(name).__name__}: expected a string or an integer")
+    value = {key: field for key, field in value.items() if field is not None or key not in ("prompt", "messages")}
     try:
         if ("prompt" in value) == ("messages" in value):
             both = "both prompt and messages" if "prompt" in value else "neither prompt nor messages"
@@ -111,18 +112,17 @@ def _read_openai(number: int, value: dict[str, Any], defaults: SamplingParams) -
 
 
 def sampling_fields(value: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object's sampling fields as SamplingParams takes them; raises ParameterError for any that is none."""
-    for name in value:
+    """A JSON object's sampling fields, without those that are null; raises ParameterError for any that is none."""
+    check_names(value)
+    return {name: field for name, field in value.items() if field is not None}
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ParameterError, with what may be meant, for a name that is no sampling field's."""
+    for name in names:
         if name not in SAMPLING_FIELDS:
             near = get_close_matches(name, SAMPLING_FIELDS, 1)
             raise ParameterError(f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
-    bias = value.get("logit_bias")
-    if not isinstance(bias, dict):
-        return value
-    try:
-        return {**value, "logit_bias": {int(token): number for token, number in bias.items()}}
-    except ValueError:
-        raise ParameterError(f"logit_bias={bias!r} has a key that is no token id") from None
 
 
 def result_line(line: Line, result: Any) -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from llama.batch_file import sampling_fields
+from llama.batch_file import check_names
 from llama.conversation import Ask, Conversation, check_text, excerpt, load, save
 from llama.errors import PromptError
 from llama.request import SamplingParams
@@ -141,9 +141,9 @@ def _set(talk: Talk, argument: str) -> Reply:
     name, text = (*argument.split(maxsplit=1), "", "")[:2]
     if not name:
         return Reply("\n".join(_shown(talk.params, one.name) for one in fields(talk.params)))
-    given = sampling_fields({name: _value(name, text)})
+    check_names([name])
     if text:
-        params = replace(talk.params, **given)
+        params = replace(talk.params, **{name: _value(name, text)})
         talk.check(params)
         talk.params = params
     return Reply(_shown(talk.params, name))

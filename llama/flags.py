@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from llama.command_line import Flag
-from llama.request import SamplingParams
+from llama.request import SamplingParams, default_of
 
 MODEL = {
     "ckpt_dir": Flag(
@@ -51,7 +51,7 @@ _MEANING = {
 SAMPLING = {
     field.name: Flag(
         field.type,
-        field.default_factory() if field.default is dataclasses.MISSING else field.default,  # type: ignore[misc]
+        default_of(field),
         _MEANING[field.name],
     )
     for field in dataclasses.fields(SamplingParams)

@@ -18,7 +18,7 @@ from llama.errors import LlamaError, ParameterError, PromptError
 from llama.loading import chosen, load
 from llama.model import Transformer
 from llama.output import ChatPrediction, CompletionPrediction, Output, Score, refused
-from llama.request import MoreSampling, Request, SamplingParams, derive_seed
+from llama.request import MoreSampling, Request, SamplingParams, derive_seed, plain, plain_each
 from llama.tokenizer import Tokenizer
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -54,6 +54,9 @@ class Llama:
         first steps. `verify` compares the files with their checklist.chk first. Raises a subclass of LlamaError.
         """
         started = time.perf_counter()
+        max_seq_len, max_batch_size, model_parallel_size, seed, threads, max_step_tokens = map(
+            plain, (max_seq_len, max_batch_size, model_parallel_size, seed, threads, max_step_tokens)
+        )
         _check_seed(seed)
         folder = Path(ckpt_dir)
         model, tokenizer, step_tokens = load(
@@ -100,10 +103,11 @@ class Llama:
         prompt's first token, which nothing precedes, has log-probability 0.0. With n > 1 a prompt has n rows.
         """
         every = self._params(len(prompt_tokens), params, temperature, top_p, max_gen_len, logprobs, {})
-        for index, prompt in enumerate(prompt_tokens):
-            if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        prompts = list(map(_plain_tokens, prompt_tokens))
+        for index, prompt in enumerate(prompts):
+            if not isinstance(prompt, list):
                 raise PromptError(f"prompt {index} is {type(prompt).__name__}, not a list of tokens")
-        outputs = self._outputs([list(prompt) for prompt in prompt_tokens], every, "prompt", echo=echo)
+        outputs = self._outputs(prompts, every, "prompt", echo=echo)
         self._finish(outputs, None)
         kept = [output.kept()[0] for output in outputs]
         if not any(p.logprobs for p in every):
@@ -267,13 +271,15 @@ class Llama:
         self, count: int, params: Params, temperature: float, top_p: float, max_gen_len: int | None, logprobs: bool,
         more: MoreSampling,
     ) -> list[SamplingParams]:  # fmt: skip
-        """One SamplingParams a prompt, from `params=` or from the keywords."""
+        """One SamplingParams a prompt, from `params=` or from the keywords, of which None is one left out."""
+        more = {name: value for name, value in more.items() if value is not None}
         if params is None:
             one = SamplingParams(
                 temperature=temperature, top_p=top_p, max_gen_len=max_gen_len, logprobs=logprobs, **more
             )
             return [one] * count
-        if (temperature, top_p, max_gen_len, logprobs) != (0.6, 0.9, None, False) or more:
+        named = zip((temperature, top_p, max_gen_len, logprobs), (0.6, 0.9, None, False), strict=True)
+        if more or any(value is not None and value != default for value, default in named):
             raise ParameterError("params= and sampling keywords were both given: put them all into params")
         every = [params] * count if isinstance(params, SamplingParams) else list(params)
         if len(every) != count or not all(isinstance(p, SamplingParams) for p in every):
@@ -350,6 +356,14 @@ class Llama:
             if output is outputs[0] and (text := output.take()):
                 yield text
         _raise_first(outputs)
+
+
+def _plain_tokens(prompt: Any) -> Any:
+    """A prompt as a list of Python's own numbers; what is no list of tokens is as it is."""
+    prompt = plain(prompt)
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        return prompt
+    return list(prompt) if set(map(type, prompt)) <= {int} else plain_each(prompt)
 
 
 def _check_seed(seed: int | None) -> None:

@@ -2,20 +2,25 @@
 
 import hashlib
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
 from llama.errors import ParameterError
 
 FinishReason = Literal["stop", "length", "refused", "cancelled", "error"]
 _MAX_SEED = 2**64 - 1
+_DECIMAL = re.compile("0|[1-9][0-9]{0,18}")  # a token id as JSON spells a key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen; checked where it is made (raises ParameterError).
+
+    None stands for a field's default. Numbers, tokens and lists may be numpy's or torch's; the keys of `logit_bias` may
+    be JSON's strings.
 
     The model's logits are changed in this order: `logit_bias`, `repetition_penalty` (prompt and completion,
     https://arxiv.org/abs/1909.05858), `presence_penalty` and `frequency_penalty` (completion only),
@@ -46,6 +51,9 @@ class SamplingParams:
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
+        for own in fields(self):
+            value = plain(getattr(self, own.name))
+            object.__setattr__(self, own.name, default_of(own) if value is None else value)
         _number("temperature", self.temperature, 0, 1e38, "0 (argmax) to 1e38")
         _number("top_p", self.top_p, 0, 1, "above 0 and at most 1", open_low=True)
         _integer("top_k", self.top_k, 0, 2**31, "0 (off) to 2**31")
@@ -74,20 +82,16 @@ class SamplingParams:
 
     def _freeze_collections(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        stop_token_ids, bad_words = plain_each(self.stop_token_ids), plain_each(self.bad_words)
+        if _is_list(bad_words):
+            bad_words = [plain_each(word) for word in bad_words]
         _each("stop", stop, lambda s: isinstance(s, str) and s, "non-empty strings")
-        _each("stop_token_ids", self.stop_token_ids, _is_token, "token ids")
-        _each("bad_words", self.bad_words, lambda w: _is_list(w) and w and all(map(_is_token, w)), "lists of token ids")
-        if not isinstance(self.logit_bias, Mapping):
-            raise ParameterError(f"logit_bias={self.logit_bias!r} is not a table of token id → number")
-        for token, bias in self.logit_bias.items():
-            if not _is_token(token) or not _is_number(bias) or not (bias == -math.inf or -1e30 <= bias <= 1e30):
-                raise ParameterError(
-                    f"logit_bias has {token!r}: {bias!r}; expected token id: number from -1e30 to 1e30, or -inf"
-                )
+        _each("stop_token_ids", stop_token_ids, _is_token, "token ids")
+        _each("bad_words", bad_words, lambda w: _is_list(w) and w and all(map(_is_token, w)), "lists of token ids")
         object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "bad_words", tuple(map(tuple, self.bad_words)))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        object.__setattr__(self, "stop_token_ids", tuple(stop_token_ids))
+        object.__setattr__(self, "bad_words", tuple(map(tuple, bad_words)))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     @property
     def plain(self) -> bool:
@@ -98,23 +102,23 @@ class SamplingParams:
 
 
 class MoreSampling(TypedDict, total=False):
-    """The fields of `SamplingParams` beside those that Meta's runner has as positional parameters."""
+    """The fields of `SamplingParams` beside those that Meta's runner has as positional parameters; None: left out."""
 
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    min_gen_len: int
-    stop: Sequence[str]
-    stop_token_ids: Sequence[int]
-    bad_words: Sequence[Sequence[int]]
-    logit_bias: dict[int, float]
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    min_gen_len: int | None
+    stop: Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    bad_words: Sequence[Sequence[int]] | None
+    logit_bias: dict[int, float] | None
     seed: int | None
-    n: int
-    num_beams: int
-    length_penalty: float
-    top_logprobs: int
+    n: int | None
+    num_beams: int | None
+    length_penalty: float | None
+    top_logprobs: int | None
 
 
 @dataclass(slots=True, eq=False)
@@ -161,6 +165,41 @@ def derive_seed(seed: int, counter: int) -> int:
     """A seed of 63 bits for the `counter`-th request or sample under `seed`."""
     digest = hashlib.blake2b(struct.pack("<QQ", seed, counter), digest_size=8, person=b"seed").digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def default_of(own: Field[Any]) -> Any:
+    """The default of a field of `SamplingParams`."""
+    return own.default_factory() if own.default is MISSING else own.default  # type: ignore[misc]
+
+
+def plain(value: Any) -> Any:
+    """A number, array or tensor of numpy's or torch's as Python's own numbers; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def plain_each(values: Any) -> Any:
+    """The same for a list that may hold some; what is no list is as it is."""
+    values = plain(values)
+    return list(map(plain, values)) if _is_list(values) else values
+
+
+def _biases(given: Any) -> dict[int, float]:
+    """Token → bias, checked."""
+    if not isinstance(given, Mapping):
+        raise ParameterError(f"logit_bias={given!r} is not a table of token id → number")
+    biases: dict[int, float] = {}
+    for key, value in given.items():
+        token, bias = plain(key), plain(value)
+        if isinstance(token, str) and _DECIMAL.fullmatch(token):
+            token = int(token)
+        if not _is_token(token) or not _is_number(bias) or not (bias == -math.inf or -1e30 <= bias <= 1e30):
+            raise ParameterError(
+                f"logit_bias has {key!r}: {value!r}; expected token id: number from -1e30 to 1e30, or -inf"
+            )
+        if token in biases:
+            raise ParameterError(f"logit_bias names token {token} twice: give it once")
+        biases[token] = bias
+    return biases
 
 
 def _is_number(value: Any) -> bool:

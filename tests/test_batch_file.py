@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama.batch_file import Line, choose_format, error_line, is_failure, line_number, numbered_lines, read_line
+from llama.batch_file import (
+    SAMPLING_FIELDS,
+    Line,
+    choose_format,
+    error_line,
+    is_failure,
+    line_number,
+    numbered_lines,
+    read_line,
+)
 from llama.batch_file import result_line as written
 from llama.errors import LlamaError, ParameterError
 from llama.request import SamplingParams
@@ -67,7 +76,7 @@ def test_seeds_come_from_the_run_and_the_line() -> None:
         ({"prompt": "a", "temprature": 1}, "unknown field 'temprature': did you mean 'temperature'?"),
         ({"prompt": "a", "temperature": -1}, "temperature=-1 is out of range"),
         ({"prompt": "a", "temperature": "hot"}, "temperature='hot' is out of range"),
-        ({"prompt": "a", "logit_bias": {"x": 1}}, "a key that is no token id"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias has 'x': 1; expected token id"),
         ({"prompt": "a", "max_gen_len": 1e400}, "max_gen_len=inf is out of range"),
         ({"custom_id": "a"}, "url is None"),
         ({"custom_id": 1, "url": "/v1/completions", "body": {}}, "custom_id is missing or not a string"),
@@ -148,3 +157,22 @@ def test_the_format_is_said_or_is_in_the_name() -> None:
 def test_lines_are_numbered_as_they_stand_in_the_file(tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(b"\xef\xbb\xbfone\r\n\n  \ntwo\n three")
     assert list(numbered_lines(str(tmp_path / "p"))) == [(1, b"one"), (4, b"two"), (5, b" three")]
+
+
+FORMS = {
+    "prompt": {"prompt": "Hi"}, "messages": {"messages": DIALOG},
+    "OpenAI's": {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "Hi"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*sorted(SAMPLING_FIELDS), "id", "prompt", "messages"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
+def test_null_means_left_out_in_every_form(form: dict[str, Any], name: str) -> None:
+    """The flags of the command then say it, as where the field is not there."""
+    if name in {**form, **form.get("body", {})}:
+        return
+    flags = SamplingParams(temperature=0.5, top_k=9, max_gen_len=8, min_gen_len=2, stop="x", n=2, top_logprobs=1)
+    body = form.get("body")
+    null = {**form, "body": {**body, name: None}} if body else {**form, name: None}
+    with_null, without = (read_line(1, json.dumps(value).encode(), "jsonl", flags, 5) for value in (null, form))
+    assert with_null == without and without.error is None

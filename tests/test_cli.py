@@ -134,6 +134,14 @@ def test_a_prompt_that_cannot_run_does_not_lose_the_others(here: Callable[..., E
     assert re.fullmatch(r"llama: prompt 1: the prompt has \d+ tokens, which leaves no room .*\n", err)
 
 
+@pytest.mark.parametrize("bias", ["{TOKEN: 100}", '{"TOKEN": 100}'])
+def test_a_bias_on_the_command_line_is_as_in_files(here: Callable[..., Ended], demo: Llama, bias: str) -> None:
+    token = demo.tokenizer.encode("dog", bos=False, eos=False)[-1]
+    given = bias.replace("TOKEN", str(token))
+    code, out, _ = here("complete", "Ben", "--max_gen_len", "3", "--quiet", "--logit_bias", given)
+    assert code == 0 and out.split() == demo.tokenizer.decode([token] * 3).split()
+
+
 def test_json_has_what_was_asked(here: Callable[..., Ended], demo: Llama) -> None:
     """One object a text, with the library's own fields; the times apart, which are never the same."""
     words = ["--json", "--n", "2", "--top_logprobs", "3", "--stop", "never", "--stop=zzz", "--logit_bias={5:-1}"]

@@ -4,13 +4,16 @@ import inspect
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import reference
+import torch
 from torch import Tensor
 
 from llama import Llama, SamplingParams
 from llama.chat import REFUSAL
 from llama.errors import ParameterError, PromptError
+from llama.request import MoreSampling
 
 STORY = "Once upon a time"
 QUESTION = [{"role": "user", "content": "What is the opposite of hot?"}]
@@ -284,6 +287,33 @@ def test_params_one_or_one_each(demo: Llama) -> None:
         demo.text_completion([STORY], params=greedy, top_k=5)
     with pytest.raises(TypeError, match="topk"):
         demo.text_completion([STORY], topk=5)
+
+
+def test_none_means_left_out(demo: Llama) -> None:
+    """Of every keyword, beside `params=` too."""
+    text = demo.text_completion(["Once"], seed=3, max_gen_len=5)[0]["generation"]
+    more: dict = dict.fromkeys(MoreSampling.__annotations__)
+    named = demo.text_completion(["Once"], None, None, 5, None, **{**more, "seed": 3})[0]["generation"]
+    params = SamplingParams(seed=3, max_gen_len=5)
+    assert (
+        named == text == demo.text_completion(["Once"], None, None, None, None, params=params, **more)[0]["generation"]
+    )
+
+
+@pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor, lambda t: list(map(np.int32, t))], ids=str)
+def test_prompts_of_tokens_are_lists_arrays_or_tensors(demo: Llama, form: Callable) -> None:
+    tokens = demo.tokenizer.encode("Once upon", bos=True, eos=False)
+    assert demo.generate([form(tokens)], 5, 0) == demo.generate([tokens], 5, 0)
+    assert demo.generate(form([tokens, tokens][:1]), 5, 0) == demo.generate([tokens], 5, 0)
+    with pytest.raises(PromptError, match=r"prompt 0 has token (1\.5|True)"):
+        demo.generate([[1, torch.tensor(1.5)]], 5, 0)
+
+
+def test_sizes_and_seed_may_be_numpys(build: Callable[..., Llama]) -> None:
+    llama = build(
+        max_seq_len=np.int64(64), max_batch_size=torch.tensor(2), seed=np.uint8(5), max_step_tokens=np.int16(32)
+    )
+    assert (llama.seed, llama.engine.max_seq_len) == (5, 64)
 
 
 def test_max_gen_len_none_means_up_to_max_seq_len(build: Callable[..., Llama]) -> None:
