@@ -17,7 +17,8 @@ BAD = {
     "presence_penalty": [NAN, INF, "1"], "frequency_penalty": [NAN, -INF], "length_penalty": [NAN, INF],
     "min_gen_len": [-1, 1.0], "max_gen_len": [-1, 2.5, "8", True], "stop": [5, [""], ["a", 3], b"x"],
     "stop_token_ids": [5, [-1], ["a"], [True]], "bad_words": [[[]], [5], ["ab"], [[1, -2]]],
-    "logit_bias": [[1], {"a": 1.0}, {1: NAN}, {1: INF}, {-1: 0.0}, {1: "x"}, {"1_0": 1}, {" 6 ": 1}, {"06": 1}, {True: 1}],
+    "logit_bias": [[1], {"a": 1.0}, {1: NAN}, {1: INF}, {-1: 0.0}, {1: "x"}, {"1_0": 1}, {" 6 ": 1}, {"06": 1},
+                   {True: 1}],
     "seed": [-1, 2**64, 1.0, "7"],
     "n": [0, -1, 1.5], "num_beams": [0, 2.0], "logprobs": ["yes", 1], "top_logprobs": [-1, True, 1.5],
 }  # fmt: skip
