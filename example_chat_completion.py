@@ -4,7 +4,7 @@ python example_chat_completion.py
 torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat/ --tokenizer_path tokenizer.model
 """
 
-from llama.cli import checkpoint_paths, is_main, run
+from llama.cli import checkpoint_paths, is_main, run, show
 
 DIALOGS = [
     [{"role": "user", "content": "What sound does a cow make?"}],
@@ -53,9 +53,9 @@ def main(
     if is_main():
         for dialog, result in zip(dialogs, results, strict=True):
             for message in dialog:
-                print(f"{message['role'].capitalize()}: {message['content']}\n")
-            print(f"> {result['generation']['role'].capitalize()}: {result['generation']['content']}")
-            print("\n==================================\n")
+                show(f"{message['role'].capitalize()}: {message['content']}\n")
+            show(f"> {result['generation']['role'].capitalize()}: {result['generation']['content']}")
+            show("\n==================================\n")
 
 
 if __name__ == "__main__":

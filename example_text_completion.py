@@ -4,7 +4,7 @@ python example_text_completion.py
 torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b/ --tokenizer_path tokenizer.model
 """
 
-from llama.cli import checkpoint_paths, is_main, run
+from llama.cli import checkpoint_paths, is_main, run, show
 
 PROMPTS = [
     "Once upon a time there was a small fox named Tom.",
@@ -45,7 +45,7 @@ def main(
     results = llama.text_completion(prompts, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
     if is_main():
         for prompt, result in zip(prompts, results, strict=True):
-            print(f"{prompt}\n> {result['generation']}\n\n==================================\n")
+            show(f"{prompt}\n> {result['generation']}\n\n==================================\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from llama import openai_batch
 from llama.chat import Dialog
 from llama.errors import LlamaError, ParameterError, PromptError
+from llama.gate import json_line
 from llama.request import SamplingParams, derive_seed
 
 Format = Literal["text", "jsonl"]
@@ -174,7 +175,7 @@ def _fields(result: dict[str, Any]) -> dict[str, Any]:
 
 def _encode(record: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        return json_line(record).encode() + b"\n"
     except UnicodeEncodeError:  # an id with half a surrogate pair
         return json.dumps(record).encode() + b"\n"
 

@@ -10,6 +10,7 @@ from typing import Any
 from llama.batch_file import check_names
 from llama.conversation import Ask, Conversation, check_text, excerpt, load, save
 from llama.errors import PromptError
+from llama.gate import one_line
 from llama.request import SamplingParams
 from llama.tokenizer import Tokenizer
 
@@ -121,7 +122,7 @@ def _save(talk: Talk, file: str) -> Reply:
     if exists and not talk.ask(f"{path} exists. Overwrite it?"):
         return Reply("Not saved.")
     save(talk.conversation, path, "w" if exists else "x")
-    return Reply(f"Saved {_exchanges(talk.conversation)} to {path}")
+    return Reply(f"Saved {_exchanges(talk.conversation)} to {one_line(path)}")
 
 
 def _load(talk: Talk, file: str) -> Reply:
@@ -129,7 +130,7 @@ def _load(talk: Talk, file: str) -> Reply:
     talk.conversation = load(path)
     shown = "".join(f"> {user}\n{answer}\n" for user, answer in talk.conversation.exchanges)
     system = f"System prompt: {talk.conversation.system}\n" if talk.conversation.system else ""
-    return Reply(f"{system}{shown}Loaded {_exchanges(talk.conversation)} from {path}")
+    return Reply(f"{system}{shown}Loaded {_exchanges(talk.conversation)} from {one_line(path)}")
 
 
 def _exchanges(conversation: Conversation) -> str:

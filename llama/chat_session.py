@@ -23,8 +23,9 @@ from llama.chat import Dialog, has_special_tags
 from llama.chat_commands import Talk, Turn, respond
 from llama.conversation import Conversation, check_text, excerpt, make_room
 from llama.errors import LlamaError, ParameterError
+from llama.gate import harmless, one_line
 from llama.request import Request, SamplingParams
-from llama.terminal import harmless, has_colour
+from llama.terminal import has_colour
 from llama.token_view import coloured
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ def _ask(question: str) -> bool:
     session: PromptSession[str] = PromptSession()
     while True:
         try:
-            answer = session.prompt(f"{harmless(question)} [y/n] ").strip().lower()
+            answer = session.prompt(f"{one_line(question)} [y/n] ").strip().lower()
         except (KeyboardInterrupt, EOFError):
             return False
         if answer in ("y", "yes", "n", "no"):

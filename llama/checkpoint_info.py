@@ -8,6 +8,7 @@ import torch
 
 from llama import memory
 from llama.checkpoint import expected_shapes, find_shards, open_checkpoint, process_counts, stored_dtype
+from llama.gate import one_line
 from llama.model import ModelArgs
 from llama.parallel import choose_dtype
 from llama.resharding import either
@@ -144,7 +145,7 @@ def text(info: Info) -> str:
         "processes": either(info["processes"]),
         "KV cache": f"{_size(info['cache_bytes'])} for {sequences} of {info['max_seq_len']} tokens",
     }
-    lines = [f"{name:<12}  {fact}" for name, fact in facts.items() if fact]
+    lines = [f"{name:<12}  {one_line(fact)}" for name, fact in facts.items() if fact]
     return "\n".join([*lines, "", *_table(info["devices"])])
 
 

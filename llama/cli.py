@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from llama.command_line import with_flags
 from llama.errors import LlamaError, ParameterError, PromptError
 from llama.flags import MODEL, SAMPLING, sampling_params
+from llama.gate import json_line, one_line, say, show
 from llama.shell import is_main, run
-from llama.terminal import harmless, json_line, show_completions
+from llama.terminal import show_completions
 
 if TYPE_CHECKING:
     from llama.generation import Llama
@@ -192,7 +193,7 @@ def verify(ckpt_dir: str | None = None, *, quiet: bool = False) -> None:
         return  # torchrun's other processes have no part in it
     folder = _folder(ckpt_dir, quiet)
     count = checklist.verify(folder, progress=not quiet)
-    print(f"{folder}: {count} files match checklist.chk")
+    print(one_line(f"{folder}: {count} files match checklist.chk"))
 
 
 def reshard(ckpt_dir: str, out: str, *, model_parallel_size: int, quiet: bool = False) -> None:
@@ -211,7 +212,7 @@ def reshard(ckpt_dir: str, out: str, *, model_parallel_size: int, quiet: bool = 
     if not is_main():
         return  # torchrun's other processes have no part in it
     written = reshard(Path(ckpt_dir), Path(out), model_parallel_size, progress=not quiet)
-    print(f"{out}: {len(written)} shards written")
+    print(one_line(f"{out}: {len(written)} shards written"))
 
 
 def quantize(ckpt_dir: str, out: str, *, quantize: str, quiet: bool = False) -> None:
@@ -230,7 +231,7 @@ def quantize(ckpt_dir: str, out: str, *, quantize: str, quiet: bool = False) -> 
     if not is_main():
         return  # torchrun's other processes have no part in it
     written = checkpoint_writer.quantize(Path(ckpt_dir), Path(out), quantize, progress=not quiet)
-    print(f"{out}: {len(written)} shard{'s' if len(written) > 1 else ''} written in {quantize}")
+    print(one_line(f"{out}: {len(written)} shard{'s' if len(written) > 1 else ''} written in {quantize}"))
 
 
 def demo(*, quiet: bool = False) -> None:
@@ -243,7 +244,7 @@ def demo(*, quiet: bool = False) -> None:
 
     for scene in scenes(_build({"ckpt_dir": str(DEMO), "max_seq_len": 512}, AT_ONCE, quiet)):
         if is_main():
-            print(f"{harmless(scene)}\n", flush=True)
+            show(f"{scene}\n")
 
 
 COMMANDS = {
@@ -369,4 +370,4 @@ def _say_statistics(results: list[Any]) -> None:
 
 def _say(line: str) -> None:
     if is_main():
-        print(line, file=sys.stderr, flush=True)
+        say(line)

@@ -1,8 +1,16 @@
 """What a user can cause and can mend: each message says what was found, what was expected and what to do."""
 
+from llama.gate import one_line
+
 
 class LlamaError(ValueError):
-    """The base of every error that is the caller's to mend; commands print its message and exit with code 2."""
+    """The base of every error that is the caller's to mend; commands print its message and exit with code 2.
+
+    The message is one printable line wherever it is shown, whatever the file or name that it quotes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class CheckpointError(LlamaError):

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import sys
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,6 +13,7 @@ import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
 
+from llama import gate
 from llama.errors import DeviceError, ParameterError
 
 _before_leaving: list[weakref.WeakMethod] = []
@@ -79,7 +79,7 @@ def model_parallel_size() -> int:
 def say(message: str) -> None:
     """One line for the person who runs this, on stderr, from rank 0 only."""
     if rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        gate.say(message)
 
 
 def initialize(device: torch.device, size: int | None) -> None:

@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+from llama.gate import say
+
 PAUSE = 5.0  # seconds between two lines
 
 
@@ -29,11 +31,7 @@ class Progress:
             self._bar.update(done - self._bar.n)
         elif not self._quiet and now - self._said >= PAUSE:
             self._said = now
-            print(
-                f"llama: {done} of {self._total} requests, {rates}{self._left(done, seconds)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"llama: {done} of {self._total} requests, {rates}{self._left(done, seconds)}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama.batch_file import Format, numbered_lines
 from llama.errors import LlamaError
-from llama.terminal import harmless
+from llama.gate import harmless
 
 if TYPE_CHECKING:
     from llama.generation import Llama

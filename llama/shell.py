@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import fire
@@ -10,6 +11,7 @@ import fire
 from llama import __version__
 from llama.command_line import HELP, Command, meant, parsed_as_typed, words
 from llama.errors import LlamaError, ParameterError
+from llama.gate import say
 from llama.help_page import overview, page
 
 
@@ -38,12 +40,13 @@ def run(commands: Command | dict[str, Command]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="strict" if stream is sys.stdin else "backslashreplace")
     name = Path(sys.argv[0]).name if callable(commands) else "llama"
+    warnings.showwarning = lambda message, *_: say(f"{name}: {message}")  # a library's, which may quote a file
     try:
         _call(commands, sys.argv[1:], name)
         print(end="", flush=True)  # a pipe that is closed or a disk that is full is still ours to report
     except LlamaError as error:
         if _is_first_to_fail():
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            say(f"{name}: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports a command that Ctrl-C ended
@@ -60,7 +63,7 @@ def _system_error(error: OSError | UnicodeEncodeError, name: str) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail to write the rest at exit
     if isinstance(error, BrokenPipeError):
         return 141
-    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    say(f"{name}: {error}")
     return 2
 
 

@@ -1,37 +1,24 @@
 """What completions look like on stdout: as they are made, whole, as JSON, or token by token."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama.errors import LlamaError
+from llama.gate import harmless, json_line, say
 from llama.request import SamplingParams
 
 if TYPE_CHECKING:
     from llama.generation import Llama
     from llama.output import CompletionPrediction
 
-# Escape sequences could come from a model as from anybody: a terminal gets control characters as pictures of them.
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_TURNS = (0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))  # lines and directions of writing
-_VISIBLE |= dict.fromkeys((*range(0x80, 0xA0), *_TURNS), 0xFFFD)
 _HEADING = 70  # characters of a prompt in the line above its completion
-
-
-def harmless(text: str) -> str:
-    """Text that cannot steer a terminal: control characters but newline and tab are shown as pictures (␛), or as �."""
-    return text.translate(_VISIBLE)
 
 
 def has_colour() -> bool:
     """Whether stdout is a terminal whose user has not set NO_COLOR (no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
-def json_line(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def prediction_fields(prediction: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +59,7 @@ def show_completions(
             continue
         if isinstance(result, LlamaError):
             which = f"prompt {index}: " if len(texts) > 1 else ""
-            print(f"llama: {which}{result}", file=sys.stderr, flush=True)
+            say(f"llama: {which}{result}")
         elif as_json:
             print(json_line({"prompt": texts[index], **prediction_fields(result)}), flush=True)
         elif not stream:
