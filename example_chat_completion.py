@@ -4,7 +4,7 @@ python example_chat_completion.py
 torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat/ --tokenizer_path tokenizer.model
 """
 
-from llama.cli import checkpoint_paths, is_main, run, show
+from llama.cli import FilePath, checkpoint_paths, is_main, run, show
 
 DIALOGS = [
     [{"role": "user", "content": "What sound does a cow make?"}],
@@ -22,14 +22,14 @@ DIALOGS = [
 
 
 def main(
-    ckpt_dir: str | None = None,
-    tokenizer_path: str | None = None,
+    ckpt_dir: FilePath | None = None,
+    tokenizer_path: FilePath | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_seq_len: int = 512,
     max_gen_len: int | None = None,
     max_batch_size: int = 8,
-    prompts_file: str | None = None,
+    prompts_file: FilePath | None = None,
 ) -> None:
     """Answer each dialog.
 

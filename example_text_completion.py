@@ -4,7 +4,7 @@ python example_text_completion.py
 torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b/ --tokenizer_path tokenizer.model
 """
 
-from llama.cli import checkpoint_paths, is_main, run, show
+from llama.cli import FilePath, checkpoint_paths, is_main, run, show
 
 PROMPTS = [
     "Once upon a time there was a small fox named Tom.",
@@ -15,14 +15,14 @@ PROMPTS = [
 
 
 def main(
-    ckpt_dir: str | None = None,
-    tokenizer_path: str | None = None,
+    ckpt_dir: FilePath | None = None,
+    tokenizer_path: FilePath | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_seq_len: int = 256,
     max_gen_len: int | None = None,
     max_batch_size: int = 4,
-    prompts_file: str | None = None,
+    prompts_file: FilePath | None = None,
 ) -> None:
     """Complete each prompt.
 

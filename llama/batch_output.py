@@ -18,8 +18,10 @@ from typing import Any
 
 from llama.batch_file import is_failure, line_number
 from llama.errors import ParameterError, PromptError
+from llama.paths import check_writable
 
 _COPIED = 1 << 20  # bytes at once
+_STANDARD_OUTPUT = 1  # its file descriptor
 
 
 class LineSet:
@@ -169,6 +171,7 @@ def sort_by_line(path: Path) -> None:
 
     The sorted file takes the place of the other in one move.
     """
+    path = path.resolve()  # what a link leads to: the link stays
     places, at, last, ordered = array("Q"), 0, 0, True
     for record in _records(path):
         number = line_number(record) or 0
@@ -257,12 +260,10 @@ def check_paths(file: str, output: str) -> None:
         raise PromptError(f"prompts file {file} cannot be read: {why}")
     if os.path.isdir(file):
         raise PromptError(f"prompts file {file} is a folder: name a file, or - for standard input")
-    out = Path(output)
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ParameterError(
-            f"--output {output} cannot be written: {'it is a' if out.is_dir() else 'there is no such'} folder"
-        )
-    if file != "-" and out.exists() and os.path.samefile(file, out):
+    if output != "-":
+        check_writable(output, "name a file for --output, or - for standard output")
+    written = _STANDARD_OUTPUT if output == "-" else output
+    if file != "-" and os.path.isfile(file) and os.path.exists(written) and os.path.samefile(file, written):
         raise ParameterError(f"--output {output} is the prompts file itself: name another")
 
 

@@ -11,6 +11,7 @@ from llama.batch_file import check_names
 from llama.conversation import Ask, Conversation, check_text, excerpt, load, save
 from llama.errors import PromptError
 from llama.gate import one_line
+from llama.paths import check_writable, expanded
 from llama.request import SamplingParams
 from llama.tokenizer import Tokenizer
 
@@ -117,7 +118,8 @@ def _need_exchange(talk: Talk, purpose: str) -> None:
 def _save(talk: Talk, file: str) -> Reply:
     if not talk.conversation.messages():
         raise PromptError("there is nothing to save yet: the dialog is empty")
-    path = os.path.expanduser(file)
+    path = expanded(file, "FILE")
+    check_writable(path, "name another")
     exists = os.path.lexists(path)
     if exists and not talk.ask(f"{path} exists. Overwrite it?"):
         return Reply("Not saved.")
@@ -126,7 +128,7 @@ def _save(talk: Talk, file: str) -> Reply:
 
 
 def _load(talk: Talk, file: str) -> Reply:
-    path = os.path.expanduser(file)
+    path = expanded(file, "FILE")
     talk.conversation = load(path)
     shown = "".join(f"> {user}\n{answer}\n" for user, answer in talk.conversation.exchanges)
     system = f"System prompt: {talk.conversation.system}\n" if talk.conversation.system else ""

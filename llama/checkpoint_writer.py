@@ -38,6 +38,7 @@ from llama.checkpoint import (
 from llama.errors import CheckpointError, ParameterError
 from llama.kernels import quantized
 from llama.memory import gigabytes
+from llama.paths import kind
 from llama.weight_format import FORMATS, check_format, check_groups, format_of
 
 MOST_SHARDS = 100  # consolidated.00.pth … consolidated.99.pth
@@ -194,9 +195,10 @@ def _read(path: Path) -> bytes:
 
 
 def _check_target(out: Path, size: int) -> None:
-    if out.is_file():
-        raise CheckpointError(f"{out} is a file: {NEW}")
-    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    found = kind(out)
+    if found not in (None, "a folder"):
+        raise CheckpointError(f"{out} is {found}: {NEW}")
+    held = sorted(path.name for path in out.iterdir()) if found else []
     if held:
         raise CheckpointError(f"{out} is not empty, it holds {held[0]}: {NEW}")
     free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free

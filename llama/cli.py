@@ -13,6 +13,7 @@ from llama.command_line import with_flags
 from llama.errors import LlamaError, ParameterError, PromptError
 from llama.flags import MODEL, SAMPLING, sampling_params
 from llama.gate import json_line, one_line, say, show
+from llama.paths import FilePath, check_writable, expanded
 from llama.shell import is_main, run
 from llama.terminal import show_completions
 
@@ -30,8 +31,8 @@ HTML_ALTERNATIVES = 5  # what --html shows where --top_logprobs does not say
 
 @with_flags(model=MODEL, sampling=SAMPLING)
 def complete(
-    *prompts: str, prompt: Sequence[str] = (), json: bool = False, html: str | None = None, show_prompt: bool = False,
-    quiet: bool = False, model: dict[str, Any], sampling: dict[str, Any],
+    *prompts: str, prompt: Sequence[str] = (), json: bool = False, html: FilePath | None = None,
+    show_prompt: bool = False, quiet: bool = False, model: dict[str, Any], sampling: dict[str, Any],
 ) -> None:  # fmt: skip
     """Complete texts.
 
@@ -48,7 +49,7 @@ def complete(
     params = sampling_params(sampling)
     as_tokens = params.logprobs or params.top_logprobs > 0
     if html is not None:
-        _check_writable(html)
+        check_writable(html)
         params = replace(params, top_logprobs=params.top_logprobs or HTML_ALTERNATIVES)
     params = replace(params, logprobs=params.logprobs or params.top_logprobs > 0)
     texts = _texts(prompts, prompt, quiet)
@@ -93,7 +94,7 @@ def chat(
 
 @with_flags(model=MODEL, sampling=SAMPLING)
 def batch(
-    file: str, *, output: str, format: str | None = None, ordered: bool = False, quiet: bool = False,
+    file: FilePath, *, output: FilePath, format: str | None = None, ordered: bool = False, quiet: bool = False,
     model: dict[str, Any], sampling: dict[str, Any],
 ) -> None:  # fmt: skip
     """Complete every prompt of a file; killed at any moment, the same command finishes the rest.
@@ -124,7 +125,7 @@ def batch(
 
 @with_flags(model=MODEL)
 def score(
-    file: str, *, format: str | None = None, json: bool = False, top_logprobs: int = 0, quiet: bool = False,
+    file: FilePath, *, format: str | None = None, json: bool = False, top_logprobs: int = 0, quiet: bool = False,
     model: dict[str, Any],
 ) -> None:  # fmt: skip
     """Print the perplexity of every text of a file, without generating.
@@ -160,7 +161,7 @@ def score(
 
 
 def info(
-    ckpt_dir: str | None = None, *, max_seq_len: int = 2048, max_batch_size: int = AT_ONCE, json: bool = False,
+    ckpt_dir: FilePath | None = None, *, max_seq_len: int = 2048, max_batch_size: int = AT_ONCE, json: bool = False,
     quiet: bool = False,
 ) -> None:  # fmt: skip
     """Describe a checkpoint, and what of it fits on this machine, without loading its weights.
@@ -180,7 +181,7 @@ def info(
     print(json_line(found) if json else checkpoint_info.text(found))
 
 
-def verify(ckpt_dir: str | None = None, *, quiet: bool = False) -> None:
+def verify(ckpt_dir: FilePath | None = None, *, quiet: bool = False) -> None:
     """Compare a checkpoint's files with the sums in its checklist.chk.
 
     Args:
@@ -196,7 +197,7 @@ def verify(ckpt_dir: str | None = None, *, quiet: bool = False) -> None:
     print(one_line(f"{folder}: {count} files match checklist.chk"))
 
 
-def reshard(ckpt_dir: str, out: str, *, model_parallel_size: int, quiet: bool = False) -> None:
+def reshard(ckpt_dir: FilePath, out: FilePath, *, model_parallel_size: int, quiet: bool = False) -> None:
     """Write a checkpoint anew for another number of processes, with a fresh checklist.chk.
 
     Not needed to run it (any number of shards loads on any number of processes), but faster to load from slow disks.
@@ -215,7 +216,7 @@ def reshard(ckpt_dir: str, out: str, *, model_parallel_size: int, quiet: bool = 
     print(one_line(f"{out}: {len(written)} shards written"))
 
 
-def quantize(ckpt_dir: str, out: str, *, quantize: str, quiet: bool = False) -> None:
+def quantize(ckpt_dir: FilePath, out: FilePath, *, quantize: str, quiet: bool = False) -> None:
     """Write a checkpoint anew with the matrices of its layers in int8 or int4, with a fresh checklist.chk.
 
     It is a half or a quarter of the size, loads as it is, and runs like any other checkpoint.
@@ -267,7 +268,7 @@ def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[
     folder it is the demo's, which is said in one line.
     """
     if ckpt_dir is None:
-        named = os.environ.get("LLAMA_CKPT_DIR")
+        named = _from_environment("LLAMA_CKPT_DIR")
         if not named and tokenizer_path is not None:
             raise LlamaError("--tokenizer_path was given without --ckpt_dir: give both, or neither for the demo")
         _say(f"llama: no --ckpt_dir: running {f'LLAMA_CKPT_DIR={named}' if named else 'the bundled demo checkpoint'}")
@@ -275,11 +276,16 @@ def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[
     return str(ckpt_dir), str(tokenizer_path or _find_tokenizer(Path(str(ckpt_dir))))
 
 
+def _from_environment(name: str) -> FilePath | None:
+    """The path that a variable names; one that is empty counts as not set."""
+    return expanded(value, name) if (value := os.environ.get(name)) else None
+
+
 def _find_tokenizer(folder: Path) -> Path:
     inside, beside = folder / "tokenizer.model", Path(os.path.abspath(folder)).parent / "tokenizer.model"
     if inside.is_file():
         return inside
-    if named := os.environ.get("LLAMA_TOKENIZER_PATH"):
+    if named := _from_environment("LLAMA_TOKENIZER_PATH"):
         return Path(named)
     if not beside.is_file() and folder.is_dir():  # a folder that is not there is the loader's to report
         raise LlamaError(f"no tokenizer.model in {folder} or beside it: name it with --tokenizer_path")
@@ -288,7 +294,7 @@ def _find_tokenizer(folder: Path) -> Path:
 
 def _folder(ckpt_dir: str | None, quiet: bool) -> Path:
     """The checkpoint folder of a command that needs no tokenizer."""
-    found = ckpt_dir or os.environ.get("LLAMA_CKPT_DIR")
+    found = ckpt_dir or _from_environment("LLAMA_CKPT_DIR")
     if not found and not quiet:
         _say("llama: no checkpoint folder: this is the bundled demo checkpoint")
     return Path(found or DEMO)
@@ -332,15 +338,6 @@ def _standard_input(quiet: bool) -> str:
         raise PromptError(
             f"standard input is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
         ) from None
-
-
-def _check_writable(path: str) -> None:
-    """Raise ParameterError, before anything is run, where a file can surely not be written in the end."""
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise ParameterError(f"{path} cannot be written: there is no folder {folder}; make it first")
-    if Path(path).is_dir():
-        raise ParameterError(f"{path} is a folder: name a file in it")
 
 
 def _write(path: str, text: str) -> None:

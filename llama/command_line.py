@@ -20,6 +20,7 @@ from fire.decorators import SetParseFn, SetParseFns
 from fire.parser import DefaultParseValue
 
 from llama.errors import ParameterError
+from llama.paths import FilePath, expanded
 
 Command = Callable[..., None]
 Flags = Mapping[str, Parameter]  # what may be given as --name=value
@@ -84,7 +85,7 @@ def parsed_as_typed(command: Command) -> Command:
     """Tell fire how to read the words that `words` makes: texts as they are, all else as Python literals."""
     readers: dict[str, Callable[[str], Any]] = {}
     for name, flag in _flags_of(command).items():
-        if flag.annotation in (str, str | None):
+        if is_path(flag) or flag.annotation in (str, str | None):
             readers[name] = str
         elif is_repeatable(flag):
             readers[name] = json.loads
@@ -152,6 +153,11 @@ def is_repeatable(flag: Parameter) -> bool:
     return typing.get_origin(flag.annotation) is Sequence and typing.get_args(flag.annotation) == (str,)
 
 
+def is_path(flag: Parameter) -> bool:
+    """Whether a flag takes the path of a file or folder."""
+    return flag.annotation in (FilePath, FilePath | None)
+
+
 def _flag_and_value(word: str, queue: "deque[str]", flags: Flags, name: str) -> tuple[Parameter, str]:
     """The flag that a word names, and its value, which may be the next word of the queue."""
     typed, equals, value = word.partition("=")
@@ -194,4 +200,5 @@ def _joined(flag: Parameter, found: list[str]) -> str:
         return f"--{flag.name}={json.dumps(found)}"
     if len(found) > 1:
         raise ParameterError(f"--{flag.name} was given {len(found)} times: give it once")
-    return f"--{flag.name}={found[0]}"
+    value = expanded(found[0], _shown_name(flag)) if is_path(flag) else found[0]
+    return f"--{flag.name}={value}"

@@ -4,14 +4,17 @@ import dataclasses
 from typing import Any
 
 from llama.command_line import Flag
+from llama.paths import FilePath
 from llama.request import SamplingParams, default_of
 
 MODEL = {
     "ckpt_dir": Flag(
-        str | None, None, "folder with consolidated.00.pth and params.json; else LLAMA_CKPT_DIR, else the bundled demo."
+        FilePath | None,
+        None,
+        "folder with consolidated.00.pth and params.json; else LLAMA_CKPT_DIR, else the bundled demo.",
     ),
     "tokenizer_path": Flag(
-        str | None, None, "tokenizer.model; else in the folder, LLAMA_TOKENIZER_PATH, beside the folder."
+        FilePath | None, None, "tokenizer.model; else in the folder, LLAMA_TOKENIZER_PATH, beside the folder."
     ),
     "max_seq_len": Flag(int, 2048, "the most tokens of one sequence, prompt and completion."),
     "max_batch_size": Flag(int | None, None, "how many sequences are held at once; more than that take turns."),

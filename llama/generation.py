@@ -18,6 +18,7 @@ from llama.errors import LlamaError, ParameterError, PromptError
 from llama.loading import chosen, load
 from llama.model import Transformer
 from llama.output import ChatPrediction, CompletionPrediction, Output, Score, refused
+from llama.paths import expanded
 from llama.request import MoreSampling, Request, SamplingParams, derive_seed, plain, plain_each
 from llama.tokenizer import Tokenizer
 
@@ -58,7 +59,7 @@ class Llama:
             plain, (max_seq_len, max_batch_size, model_parallel_size, seed, threads, max_step_tokens)
         )
         _check_seed(seed)
-        folder = Path(ckpt_dir)
+        folder = Path(expanded(ckpt_dir, "ckpt_dir"))
         model, tokenizer, step_tokens = load(
             folder, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, device=device, dtype=dtype,
             quantize=quantize, kv_dtype=kv_dtype, threads=threads, compile=compile, verify=verify,

@@ -9,7 +9,7 @@ from typing import Any
 
 from fire import docstrings
 
-from llama.command_line import Command, is_repeatable
+from llama.command_line import Command, is_path, is_repeatable
 
 START = """\
 llama runs Llama-2 checkpoints in the layout in which Meta ships them.
@@ -86,6 +86,8 @@ def _labels(parameters: Iterable[Parameter]) -> dict[str, str]:
 def _value(flag: Parameter) -> str:
     if flag.annotation is bool:
         return ""
+    if is_path(flag):
+        return "=PATH"
     return f"={_VALUES.get(flag.annotation, 'TEXT' if is_repeatable(flag) else 'LIST')}"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from llama.errors import PromptError, TokenizerError
+from llama.paths import expanded
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 REPLACEMENT = "\ufffd"  # what it makes of a byte that is not UTF-8
@@ -17,7 +18,7 @@ class Tokenizer:
 
     def __init__(self, model_path: str) -> None:
         """Raises TokenizerError that says what the file is, where it is not a SentencePiece model."""
-        path = Path(model_path)
+        path = Path(expanded(model_path, "tokenizer_path"))
         data = _read(path)
         try:
             self.sp_model = SentencePieceProcessor(model_proto=data)

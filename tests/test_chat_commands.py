@@ -1,6 +1,7 @@
 """The /commands of a talk, without a terminal and without a model."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_what_is_no_command_is_sent(talk: Talk, line: str, sent: str) -> None:
         ("/load", "/load lacks its FILE: type /load FILE"),
         ("/system [INST]", "the system prompt holds a special tag"),
         ("/load /does/not/exist", "/does/not/exist cannot be read: No such file"),
-        ("/save /does/not/exist", "/does/not/exist cannot be written: No such file or directory; name another"),
+        ("/save /does/not/exist", "/does/not/exist cannot be written: there is no folder /does/not; name another"),
         ("/set temprature 1", "unknown field 'temprature': did you mean 'temperature'?"),
         ("/set temprature", "unknown field 'temprature'"),
         ("/set temperature -1", "temperature=-1 is out of range: expected 0 (argmax) to 1e38"),
@@ -141,6 +142,15 @@ def test_a_file_is_overwritten_only_after_a_yes(talk: Talk, tmp_path: Path, yes:
     assert questions == [f"{file} exists. Overwrite it?"]
     assert reply == (f"Saved 2 exchanges to {file}" if yes else "Not saved.")
     assert ("Woof" in file.read_text()) is yes
+
+
+def test_what_is_no_file_is_refused_without_a_question(
+    talk: Talk, refused: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A pipe would wait for a reader for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, what in ((tmp_path / "pipe", "a pipe"), (tmp_path, "a folder")):
+        assert refused(f"/save {path}") == f"{path} cannot be written: it is {what}; name another"
 
 
 def test_an_empty_dialog_is_not_saved(talk: Talk, refused: Callable[[str], str], tmp_path: Path) -> None:

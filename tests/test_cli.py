@@ -104,7 +104,7 @@ def test_a_pipe_is_a_prompt(tokenizer: Tokenizer) -> None:
         (["text", "--seed", "x"], b"", "seed='x' is out of range"),
         (["text", "--device", "tpu"], b"", "device='tpu' is not a device: use cuda, mps or cpu"),
         (["text", "--html", "/nowhere/page.html"], b"", "/nowhere/page.html cannot be written: there is no folder /n"),
-        (["text", "--html", "/"], b"", "/ is a folder: name a file in it"),
+        (["text", "--html", "/"], b"", "/ cannot be written: it is a folder; name a file"),
     ],
 )
 def test_what_cannot_run_is_one_line(here: Callable[..., Ended], words: list[str], data: bytes, said: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from llama import Llama, SamplingParams
 from llama.errors import ParameterError
 from llama.flags import MODEL, SAMPLING, sampling_params
+from llama.paths import FilePath
 
 OWN = {"max_seq_len": (int, 2048), "max_batch_size": (int | None, None)}  # build has no default for them
 PATHS = {"ckpt_dir", "tokenizer_path"}  # may be left out: there are the environment and the demo
@@ -20,7 +21,7 @@ def test_every_parameter_of_build_is_a_flag() -> None:
     assert list(MODEL) == list(parameters)
     for name, flag in MODEL.items():
         if name in PATHS:
-            assert (flag.type, flag.default) == (str | None, None)
+            assert (flag.type, flag.default) == (FilePath | None, None)
         elif name in OWN:
             assert (flag.type, flag.default) == OWN[name] and parameters[name].default is inspect.Parameter.empty
         elif name in ("device", "dtype"):

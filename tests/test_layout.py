@@ -13,12 +13,12 @@ ORDER = (
     "output", "engine", "decode_loop", "beam_search", "scheduler", "checkpoint_writer", "checkpoint_info", "checkpoint",
     "memory", "params_file", "compiled", "model", "linear", "sampling", "kernels", "quantization", "weight_format",
     "attention", "flash_attention", "kv_cache", "step", "checklist", "shell", "help_page", "flags", "command_line",
-    "resharding", "chat", "tokenizer", "request", "parallel", "errors", "gate",
+    "resharding", "chat", "tokenizer", "request", "parallel", "paths", "errors", "gate",
 )  # fmt: skip
 WITHOUT_TORCH = {
     "cli", "chat_commands", "conversation", "showcase", "scoring", "progress", "batch_output", "batch_file",
     "openai_batch", "terminal", "token_view", "scheduler", "checklist", "shell", "help_page", "flags", "command_line",
-    "resharding", "weight_format", "chat", "tokenizer", "request", "errors", "gate",
+    "resharding", "weight_format", "chat", "tokenizer", "request", "paths", "errors", "gate",
 }  # fmt: skip
 FILES = {path.stem: path for path in (ROOT / "llama").glob("*.py") if path.stem != "__init__"}
 FILES["kernels"] = ROOT / "llama" / "kernels" / "__init__.py"
