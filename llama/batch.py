@@ -8,6 +8,8 @@ the byte, in every dtype.
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import groupby
@@ -57,7 +59,7 @@ def run_batch(
         try:
             for line, result in _results(llama, replicas, path, form, params, seed, done):
                 if results:
-                    results.append(error_line(line) if result is None else result_line(line, result))
+                    results.append(_record(line, result))
                     _count(replicas, result)
                 if first:
                     show()
@@ -71,6 +73,41 @@ def run_batch(
         finally:
             progress.close()
         return _end(results, done, replicas, failed, total, ordered, quiet) if first else 0
+
+
+def stream_batch(
+    llama: "Llama", file: str, form: Format, params: SamplingParams, *, ordered: bool = False, quiet: bool = False
+) -> int:
+    """Complete every line of `file` onto standard output, each when it is finished; return how many failed.
+
+    Every rank calls this. Nothing is kept, so there is nothing to go on with; the records are those of a file.
+    `ordered`: those of a block wait for each other. The first rank alone reads the lines, once, a block at a time.
+    """
+    replicas = Replicas(llama.model.device)
+    if replicas.count > 1:
+        raise ParameterError(
+            f"--output - takes the results of one replica, but {replicas.count} are running: name a file, or leave"
+            " model_parallel_size out"
+        )
+    first = parallel.rank() == 0
+    blocks = (list(lines) for _, lines in _blocks(llama, numbered_lines(file) if first else iter(())))
+    total = batch_output.measure(file)[1] if file != "-" and os.path.isfile(file) else None
+    progress = Progress(total, 0, quiet=quiet or not first or sys.stdout.isatty())
+    try:
+        while block := replicas.from_first(next(blocks, None)):
+            results = _run_block(llama, [read_line(*line, form, params, llama.seed) for line in block])
+            for line, result in sorted(results, key=lambda pair: pair[0].number) if ordered else results:
+                if first:
+                    sys.stdout.buffer.write(_record(line, result))
+                    sys.stdout.buffer.flush()
+                    _count(replicas, result)
+                    progress.show(*(replicas.add(name, 0) for name in ("requests", "read", "made")))
+    finally:
+        progress.close()
+    failed = replicas.add("failed", 0)
+    if not quiet:
+        parallel.say(f"llama: {replicas.add('requests', 0)} requests on standard output{_failed(failed)}")
+    return failed
 
 
 def _begin(
@@ -124,9 +161,8 @@ def _results(
     llama: "Llama", replicas: Replicas, path: str, form: Format, params: SamplingParams, seed: int, done: LineSet
 ) -> Iterator[tuple[Line, Any]]:
     """(Line, its prediction or error) for the lines of this replica that are not done, as they finish."""
-    size = BLOCK * llama.engine.scheduler.slots
     mine = replicas.draw("block")
-    for block, numbered in groupby(numbered_lines(path), key=lambda pair: (pair[0] - 1) // size):
+    for block, numbered in _blocks(llama, numbered_lines(path)):
         while mine < block:  # blocks of blank lines
             mine = replicas.draw("block")
         if mine == block:
@@ -134,6 +170,17 @@ def _results(
             if any(line.number not in done for line in lines):
                 yield from ((line, r) for line, r in _run_block(llama, lines) if line.number not in done)
             mine = replicas.draw("block")
+
+
+def _blocks(llama: "Llama", numbered: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, Iterator[tuple[int, bytes]]]]:
+    """(Number of a block, its lines), for each block that has lines."""
+    size = BLOCK * llama.engine.scheduler.slots
+    return groupby(numbered, key=lambda pair: (pair[0] - 1) // size)
+
+
+def _record(line: Line, result: Any) -> bytes:
+    """The line of the output for what came of one of the input: an error where it was none that could be run."""
+    return error_line(line) if result is None else result_line(line, result)
 
 
 def _run_block(llama: "Llama", lines: list[Line]) -> Iterator[tuple[Line, Any]]:
@@ -166,6 +213,9 @@ def _end(
         batch_output.sort_by_line(results.path)
     batch_output.drop_input_copy(results.path)
     if not quiet:
-        some = f", {failed} failed: see their records" if failed else ""
-        parallel.say(f"llama: {len(done)} of {total} requests in {results.path}{some}")
+        parallel.say(f"llama: {len(done)} of {total} requests in {results.path}{_failed(failed)}")
     return failed
+
+
+def _failed(count: int) -> str:
+    return f", {count} failed: see their records" if count else ""

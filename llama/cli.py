@@ -103,9 +103,10 @@ def batch(
 
     Args:
         file: the prompts: a text a line, or JSON lines; - is the standard input.
-        output: where results go, one JSON object a line, each written when it is finished.
+        output: where results go, one JSON object a line, each written when it is finished; - is the standard output,
+            and such a run cannot be gone on with.
         format: text or jsonl; if left out, jsonl for files named .jsonl or .ndjson, else text.
-        ordered: sort the results by line at the end.
+        ordered: sort the results by line at the end; with --output - as they come, a block at a time.
         quiet: nothing on stderr but errors.
     """
     from llama.batch_file import choose_format
@@ -115,10 +116,13 @@ def batch(
     check_paths(file, output)
     params = sampling_params(sampling)
     llama = _build(model, max(BATCH_AT_ONCE, params.num_beams), quiet)
-    from llama.batch import run_batch  # now that torch is there
+    from llama.batch import run_batch, stream_batch  # now that torch is there
 
-    fresh = model["seed"] is None
-    failed = run_batch(llama, file, kind, output, params, fresh_seed=fresh, ordered=ordered, quiet=quiet)
+    if output == "-":
+        failed = stream_batch(llama, file, kind, params, ordered=ordered, quiet=quiet)
+    else:
+        fresh = model["seed"] is None
+        failed = run_batch(llama, file, kind, output, params, fresh_seed=fresh, ordered=ordered, quiet=quiet)
     if failed and is_main():
         sys.exit(1)
 

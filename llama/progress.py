@@ -11,9 +11,12 @@ PAUSE = 5.0  # seconds between two lines
 
 
 class Progress:
-    """Shows requests done, tokens per second in and out, and the time that is left; silent where `quiet`."""
+    """Shows requests done, tokens per second in and out, and the time that is left; silent where `quiet`.
 
-    def __init__(self, total: int, done: int, *, quiet: bool) -> None:
+    `total` is None where nobody knows yet how many requests there are.
+    """
+
+    def __init__(self, total: int | None, done: int, *, quiet: bool) -> None:
         self._total, self._before = total, done
         self._started = self._said = time.monotonic()
         self._quiet = quiet
@@ -31,14 +34,17 @@ class Progress:
             self._bar.update(done - self._bar.n)
         elif not self._quiet and now - self._said >= PAUSE:
             self._said = now
-            say(f"llama: {done} of {self._total} requests, {rates}{self._left(done, seconds)}")
+            say(f"llama: {done}{self._of()} requests, {rates}{self._left(done, seconds)}")
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
+    def _of(self) -> str:
+        return "" if self._total is None else f" of {self._total}"
+
     def _left(self, done: int, seconds: float) -> str:
-        if done <= self._before:
+        if self._total is None or done <= self._before:
             return ""
         left = round((self._total - done) * seconds / (done - self._before))
         return f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import DEMO, ROOT
 
 from llama import Llama, SamplingParams
-from llama.batch import BLOCK, run_batch
+from llama.batch import BLOCK, run_batch, stream_batch
 from llama.batch_output import check_paths, identity_path
 from llama.errors import ParameterError, PromptError
 
@@ -134,6 +135,70 @@ def test_what_flows_in_is_copied_first(bfloat16: Llama, prompts: Path, tmp_path:
     assert not (tmp_path / "from pipe.input").exists()
 
 
+# -------------------------------------------------------------------------------------------- onto standard output
+
+
+@pytest.mark.parametrize("source", ["file", "pipe"])
+def test_standard_output_gets_the_records_of_a_file(
+    bfloat16: Llama, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], source: str
+) -> None:
+    """The same bytes, once each, sorted where asked; and nothing is left anywhere."""
+    failed = run(bfloat16, prompts, tmp_path / "out", ordered=True)
+    whole, before, pipe = (tmp_path / "out").read_text(), sorted(tmp_path.iterdir()), tmp_path / "pipe"
+    for ordered in (False, True):
+        if source == "pipe":
+            os.mkfifo(pipe)
+            writer = subprocess.Popen(["cp", str(prompts), str(pipe)])
+        flows = str(pipe if source == "pipe" else prompts)
+        options = {"ordered": ordered, "quiet": True}
+        assert stream_batch(bfloat16, flows, "jsonl", SamplingParams(max_gen_len=12), **options) == failed
+        if source == "pipe":
+            writer.wait()
+            pipe.unlink()
+        out, err = capfd.readouterr()
+        assert err == "" and sorted(out.splitlines()) == sorted(whole.splitlines())
+        assert not ordered or out == whole
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_standard_output_takes_one_replica(
+    bfloat16: Llama, prompts: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llama.batch.Replicas", lambda device: SimpleNamespace(count=2))
+    with pytest.raises(ParameterError, match="--output - takes the results of one replica, but 2 are running"):
+        stream_batch(bfloat16, str(prompts), "jsonl", SamplingParams())
+    assert capfd.readouterr().out == ""
+
+
+def test_a_reader_that_has_had_enough_ends_the_run(tmp_path: Path) -> None:
+    """As head(1) does: with the first line read, without a word, and with nothing left behind."""
+    (tmp_path / "p.txt").write_text("Ben\n" * 500)
+    read, write = os.pipe()
+    words = command(tmp_path / "p.txt", Path("-"), "--quiet")
+    running = subprocess.Popen(words, stdout=write, stderr=subprocess.PIPE, cwd=tmp_path, env=environment())
+    os.close(write)
+    with open(read) as lines:
+        assert json.loads(lines.readline())["id"] is None
+    assert running.communicate(timeout=300)[1] == b"" and running.returncode == 141
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+
+
+def test_the_prompts_are_not_what_standard_output_goes_to(tmp_path: Path) -> None:
+    """It would never end."""
+    file = tmp_path / "p.txt"
+    file.write_text("Ben\n")
+    words = command(file, Path("-"))
+    with open(file, "a") as out:
+        done = subprocess.run(words, stdout=out, stderr=subprocess.PIPE, text=True, env=environment())
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "is the prompts file itself" in done.stderr
+
+
+def test_a_link_stays_where_its_file_is_sorted(bfloat16: Llama, prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("target")
+    run(bfloat16, prompts, tmp_path / "link", ordered=True)
+    assert (tmp_path / "link").is_symlink() and len(records(tmp_path / "target")) == 60
+
+
 # ------------------------------------------------------------------------------------------------- after being killed
 
 
@@ -196,7 +261,7 @@ def test_a_file_that_is_no_run_is_not_touched(bfloat16: Llama, prompts: Path, tm
     for file, output, said in (
         (tmp_path / "missing", tmp_path / "new", "missing cannot be read: no such file"),
         (tmp_path, tmp_path / "new", "is a folder"),
-        (prompts, tmp_path / "nowhere" / "out", "no such folder"),
+        (prompts, tmp_path / "nowhere" / "out", "there is no folder .*/nowhere; name a file for --output, or -"),
         (prompts, tmp_path, "it is a folder"),
         (prompts, prompts, "is the prompts file itself"),
     ):

@@ -21,6 +21,14 @@ def test_lines_come_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch
     ]
 
 
+def test_a_total_that_nobody_knows_is_not_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress.time, "monotonic", iter((0.0, 10.0)).__next__)
+    Progress(None, 0, quiet=False).show(20, read=1000, made=50)
+    assert capsys.readouterr().err == "llama: 20 requests, 100 tokens/s in, 5 out\n"
+
+
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PAUSE", 0)
     shown = Progress(10, 0, quiet=True)
