@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama import batch_output, parallel
-from llama.batch_file import Format, Line, error_line, numbered_lines, read_line, result_line
+from llama.batch_file import Format, Line, error_line, numbered_lines, read_line, repeated_id, result_line
 from llama.batch_output import LineSet, ResultFile
 from llama.checklist import fingerprint
 from llama.errors import LlamaError, ParameterError
@@ -45,7 +45,7 @@ def run_batch(
     first = parallel.rank() == 0
     with contextlib.ExitStack() as files:
         results = files.enter_context(ResultFile(out)) if first else None
-        begun = _begin(llama, file, form, results, params, fresh_seed) if results else None
+        begun = _begin(llama, file, form, results, params, fresh_seed, quiet) if results else None
         path, seed, total, done, failed = replicas.from_first(begun)
         if results is None and replicas.leads:
             results = files.enter_context(ResultFile(batch_output.part(out, replicas.index)))
@@ -111,13 +111,21 @@ def stream_batch(
 
 
 def _begin(
-    llama: "Llama", file: str, form: Format, results: ResultFile, params: SamplingParams, fresh_seed: bool
+    llama: "Llama",
+    file: str,
+    form: Format,
+    results: ResultFile,
+    params: SamplingParams,
+    fresh_seed: bool,
+    quiet: bool,
 ) -> tuple[str, int, int, LineSet, int]:
     """(Path of the lines, seed, number of requests, those done before, how many of them failed), after all checks."""
     out, done = results.path, LineSet()
     before = batch_output.read_identity(out)
     if before is None and out.stat().st_size:
         raise ParameterError(f"{out} exists and is not a run of this command: remove it, or name another --output")
+    failed = results.scan(done)
+    batch_output.check_parts(out)
     path = batch_output.settle_input(file, out)
     digest, total = batch_output.measure(path)
     identity = _identity(llama, params) | {"input": {"sha256": digest, "format": form}}
@@ -128,8 +136,11 @@ def _begin(
         batch_output.check_same(out, before, identity)
     else:
         batch_output.write_identity(out, identity)
-    failed = results.scan(done) + batch_output.join_parts(results, done)
-    if done:
+    results.cut_torn_end()
+    failed += batch_output.join_parts(results, done)
+    if form == "jsonl" and not quiet and (repeated := repeated_id(path)):
+        parallel.say(f"llama: {file}: {repeated}")
+    if done and not quiet:
         parallel.say(f"llama: {out} has {len(done)} of {total} requests already")
     return path, identity["settings"]["seed"], total, done, failed
 

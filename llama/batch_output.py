@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from array import array
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class LineSet:
 
 
 class ResultFile:
-    """A file of result lines that only one process has open: a torn end is cut off when it is opened again."""
+    """A file of result lines that only one process has open, and adds to: a torn end of an earlier run goes first."""
 
     def __init__(self, path: Path) -> None:
         """Raises ParameterError where the file cannot be opened, or another process has it."""
@@ -59,15 +60,22 @@ class ResultFile:
         self._size = os.fstat(self._descriptor).st_size
 
     def scan(self, done: LineSet) -> int:
-        """Note the lines that are there in `done`, cut off what follows the last whole one; return how many failed."""
+        """Note the lines that are there in `done`; return how many failed. More is written behind the last whole one.
+
+        Raises ParameterError, and changes nothing, where a line is damaged that is not the torn last one.
+        """
         failed, good = 0, 0
         for record in _records(self.path):
             done.add(line_number(record) or 0)
             failed += is_failure(record)
             good += len(record)
-        if good < self._size:
-            self._cut(good)
+        self._size = good
         return failed
+
+    def cut_torn_end(self) -> None:
+        """Cut off what `scan` found behind the last whole line."""
+        with reported(self.path):
+            self._cut(self._size)
 
     def append(self, record: bytes) -> None:
         """Write one line, whole or not at all. Raises ParameterError where the disk is full, say."""
@@ -128,11 +136,20 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _records(path: Path) -> Iterator[bytes]:
-    """The whole lines of a result file, up to the first that is torn."""
+    """The lines of a result file, without a torn last one, which has no newline.
+
+    Raises ParameterError that names the first other line which is no result: to cut the file there would lose what
+    follows.
+    """
     with reported(path), open(path, "rb") as file:
-        for record in file:
-            if line_number(record) is None:
+        for number, record in enumerate(file, 1):
+            if not record.endswith(b"\n"):
                 return
+            if line_number(record) is None:
+                raise ParameterError(
+                    f"{path} line {number} is damaged, not a result of this command; nothing was changed: mend that"
+                    " line or take it out, and what it held is computed again, or name another --output"
+                )
             yield record
 
 
@@ -154,6 +171,12 @@ def join_parts(results: ResultFile, done: LineSet) -> int:
         results.sync()
         path.unlink()
     return failed
+
+
+def check_parts(output: Path) -> None:
+    """Raise ParameterError where what other replicas wrote is damaged, as `ResultFile.scan` does."""
+    for path in _parts(output):
+        deque(_records(path), maxlen=0)
 
 
 def has_parts(output: Path) -> bool:

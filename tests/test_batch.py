@@ -270,6 +270,37 @@ def test_a_file_that_is_no_run_is_not_touched(bfloat16: Llama, prompts: Path, tm
     assert not (tmp_path / "new").exists()
 
 
+def test_a_damaged_output_is_left_as_it_is(bfloat16: Llama, prompts: Path, tmp_path: Path) -> None:
+    """The results, what says which run it is, and no copy of the input."""
+    output = tmp_path / "out"
+    run(bfloat16, prompts, output)
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join([*lines[:4], b"\0" * 9 + b"\n", *lines[5:20], b'{"line"']))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ParameterError, match="out line 5 is damaged"):
+        run(bfloat16, prompts, output)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    output.write_bytes(b"".join([*lines[:4], *lines[5:20], b'{"line"']))
+    run(bfloat16, prompts, output)
+    assert sorted(output.read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_a_repeated_custom_id_is_said_once_and_every_line_answered(
+    bfloat16: Llama, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, output = tmp_path / "in.jsonl", tmp_path / "out"
+    names = ["a", "b", "ü", "b", "c", "ü", "b"]
+    call = {"url": "/v1/completions", "body": {"prompt": "Tom", "max_tokens": 2}}
+    lines = [{"prompt": "custom_id", "max_gen_len": 2}, *({**call, "custom_id": name} for name in names)]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    run_batch(bfloat16, str(file), "jsonl", str(output), SamplingParams())
+    said = [line for line in capfd.readouterr().err.splitlines() if "custom_id " in line]
+    assert said == [
+        f"llama: {file}: custom_id 'b' stands on line 3 and on line 5, 2 more lines repeat one: every line is answered"
+    ]
+    assert [line.get("custom_id") for line in records(output)].count("b") == 3 and len(records(output)) == 8
+
+
 def test_a_seed_of_new_entropy_is_kept(prompts: Path, tmp_path: Path) -> None:
     """seed=None: the second half of a run has the seed of the first."""
     paths = (str(DEMO), str(DEMO / "tokenizer.model"), 256, 4)

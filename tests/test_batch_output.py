@@ -3,7 +3,9 @@
 import errno
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
@@ -38,6 +40,8 @@ def test_what_was_written_is_found_and_a_torn_end_is_cut_off(tmp_path: Path) -> 
     done = LineSet()
     with ResultFile(path) as file:
         assert file.scan(done) == 0
+        file.cut_torn_end()
+        assert path.read_bytes() == record(3) + record(1)
         file.append(b'{"line": 2, "id": null, "error": "bad"}\n')
     assert path.read_bytes() == record(3) + record(1) + b'{"line": 2, "id": null, "error": "bad"}\n'
     assert [number for number in range(5) if number in done] == [1, 3]
@@ -67,6 +71,50 @@ def test_a_line_that_does_not_fit_leaves_nothing_behind(
         monkeypatch.undo()
         file.append(record(3))
     assert (tmp_path / "out").read_bytes() == record(1) + record(3)
+
+
+DAMAGE = {
+    "zeros": lambda line: bytes(len(line) - 1) + b"\n", "cut short": lambda line: line[: len(line) // 2] + b"\n",
+    "not UTF-8": lambda line: line.replace(b"x", b"\xff", 1), "blank": lambda line: b"\n",
+    "another's": lambda line: b'{"prompt": "Hi"}\n', "no object": lambda line: b"[1]\n",
+    "two in one": lambda line: line[:-1] + line,
+    "no line": lambda line: b'{"line": true, "text": "x"}\n',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
+@pytest.mark.parametrize("place", [0, 3, 6])
+@pytest.mark.parametrize("in_part", [False, True])
+def test_a_damaged_line_is_refused_by_its_number_and_nothing_is_changed(
+    tmp_path: Path, damage: Callable[[bytes], bytes], place: int, in_part: bool
+) -> None:
+    """Wherever it stands: what follows it would be lost."""
+    lines = [record(number, "xyz") for number in range(1, 8)]
+    lines[place] = damage(lines[place])
+    output = tmp_path / "out"
+    path = part(output, 1) if in_part else output
+    path.write_bytes(b"".join(lines))
+    with ResultFile(output) as file:
+        scan = (lambda: batch_output.check_parts(output)) if in_part else (lambda: file.scan(LineSet()))
+        with pytest.raises(ParameterError, match=f"line {place + 1} is damaged, not a result"):
+            scan()
+    assert path.read_bytes() == b"".join(lines)
+
+
+@given(st.data())
+def test_what_is_cut_anywhere_keeps_all_whole_lines(data: st.DataObject) -> None:
+    """A kill can leave any beginning of what was written."""
+    lines = [record(number, "é" * number) for number in range(1, 6)]
+    whole = b"".join(lines)
+    size = data.draw(st.integers(0, len(whole)))
+    with TemporaryDirectory() as folder:
+        path, done = Path(folder) / "out", LineSet()
+        path.write_bytes(whole[:size])
+        with ResultFile(path) as file:
+            file.scan(done)
+            file.cut_torn_end()
+        kept = path.read_bytes()
+    assert kept == b"".join(lines[: len(done)]) and size - len(kept) < max(map(len, lines))
 
 
 def test_parts_are_joined_once(tmp_path: Path) -> None:
