@@ -59,7 +59,7 @@ def run_batch(
         try:
             for line, result in _results(llama, replicas, path, form, params, seed, done):
                 if results:
-                    results.append(_record(line, result))
+                    results.append(_record(llama, line, result))
                     _count(replicas, result)
                 if first:
                     show()
@@ -98,7 +98,7 @@ def stream_batch(
             results = _run_block(llama, [read_line(*line, form, params, llama.seed) for line in block])
             for line, result in sorted(results, key=lambda pair: pair[0].number) if ordered else results:
                 if first:
-                    sys.stdout.buffer.write(_record(line, result))
+                    sys.stdout.buffer.write(_record(llama, line, result))
                     sys.stdout.buffer.flush()
                     _count(replicas, result)
                     progress.show(*(replicas.add(name, 0) for name in ("requests", "read", "made")))
@@ -189,9 +189,9 @@ def _blocks(llama: "Llama", numbered: Iterator[tuple[int, bytes]]) -> Iterator[t
     return groupby(numbered, key=lambda pair: (pair[0] - 1) // size)
 
 
-def _record(line: Line, result: Any) -> bytes:
+def _record(llama: "Llama", line: Line, result: Any) -> bytes:
     """The line of the output for what came of one of the input: an error where it was none that could be run."""
-    return error_line(line) if result is None else result_line(line, result)
+    return error_line(line) if result is None else result_line(line, result, llama.tokenizer)
 
 
 def _run_block(llama: "Llama", lines: list[Line]) -> Iterator[tuple[Line, Any]]:

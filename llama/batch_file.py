@@ -14,6 +14,7 @@ from llama.chat import Dialog
 from llama.errors import LlamaError, ParameterError, PromptError
 from llama.gate import json_line
 from llama.request import SamplingParams, derive_seed
+from llama.tokenizer import Tokenizer
 
 Format = Literal["text", "jsonl"]
 SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
@@ -73,7 +74,7 @@ def read_line(number: int, data: bytes, form: Format, defaults: SamplingParams, 
 
 def _read_json(number: int, text: str, defaults: SamplingParams) -> Line:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         return Line(number, error=f"not JSON ({error}): {_EXPECTED}")
     if isinstance(value, list):
@@ -83,6 +84,15 @@ def _read_json(number: int, text: str, defaults: SamplingParams) -> Line:
     if "custom_id" in value or "body" in value:
         return _read_openai(number, value, defaults)
     return _read_object(number, value, defaults)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key may stand twice: one of the two values would be lost."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.60} stands twice")
+    return value
 
 
 def _read_object(number: int, value: dict[str, Any], defaults: SamplingParams) -> Line:
@@ -108,8 +118,9 @@ def _read_object(number: int, value: dict[str, Any], defaults: SamplingParams) -
 def _read_openai(number: int, value: dict[str, Any], defaults: SamplingParams) -> Line:
     call = openai_batch.Call.of(value)
     try:
-        prompt, given = openai_batch.read_body(value)
-        return Line(number, prompt=prompt, params=replace(defaults, **sampling_fields(given)), call=call)
+        prompt, given, theirs = openai_batch.read_body(value)
+        with openai_batch.in_their_words(theirs):
+            return Line(number, prompt=prompt, params=replace(defaults, **given), call=call)
     except LlamaError as error:
         return Line(number, error=str(error), call=call)
 
@@ -159,12 +170,12 @@ def _custom_id(data: bytes) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def result_line(line: Line, result: Any) -> bytes:
+def result_line(line: Line, result: Any, tokenizer: Tokenizer) -> bytes:
     """The line of the output for a prediction, or for the LlamaError that came instead: always the same bytes."""
     if isinstance(result, LlamaError):
         return error_line(replace(line, error=str(result)))
     if line.call:
-        return _encode(openai_batch.response(line.number, line.call, result))
+        return _encode(openai_batch.response(line.number, line.call, result, tokenizer))
     return _encode({"line": line.number, "id": line.id, **_fields(result)})
 
 

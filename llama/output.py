@@ -17,9 +17,10 @@ class TopLogprob(TypedDict):
 
 
 class Result(TypedDict, total=False):
-    """What every prediction carries; `tokens` and `logprobs` where asked, `samples` where n > 1."""
+    """What every prediction carries; `tokens`, `token_ids` and `logprobs` where asked, `samples` where n > 1."""
 
     tokens: list[str]
+    token_ids: list[int]
     logprobs: list[float]
     top_logprobs: list[list[TopLogprob]]
     finish_reason: FinishReason
@@ -124,7 +125,7 @@ class Output:
         done, params = completion(self.request), self.request.params
         result: Result = {}
         if params.logprobs or params.top_logprobs:
-            pieces = self.kept()[1]
+            result["token_ids"], pieces = self.kept()
             result["tokens"] = pieces
             if params.logprobs:
                 result["logprobs"] = self.logprobs()[: len(pieces)]
@@ -158,7 +159,7 @@ def refused(params: SamplingParams) -> dict[str, Any]:
     """The prediction for a dialog that was not run."""
     prediction: dict[str, Any] = {"generation": {"role": "assistant", "content": REFUSAL}}
     if params.logprobs:
-        prediction |= {"tokens": [], "logprobs": []}
+        prediction |= {"tokens": [], "token_ids": [], "logprobs": []}
     return prediction | {
         "finish_reason": "refused", "seed": params.seed, "prompt_tokens": 0, "completion_tokens": 0,
         "time_to_first_token": None, "time": 0.0,

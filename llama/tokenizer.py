@@ -67,6 +67,15 @@ class Tokenizer:
             pieces[-1] += rest
         return pieces
 
+    def token_bytes(self, tokens: Sequence[int]) -> list[bytes]:
+        """The bytes that each token adds to the text that `decode` makes of all; of a byte token its one byte.
+
+        Joined they are that text in UTF-8, but that the text has U+FFFD for each byte that is not UTF-8.
+        """
+        decoder = StreamDecoder(self)
+        added = map(decoder.added, tokens)
+        return [bytes([one]) if isinstance(one, int) else one.encode() for one in added]
+
     def piece(self, token: int) -> str:
         """How one token reads by itself: its text, spaces kept; control tokens and bytes by their names (<0x0A>)."""
         surface = self.surface(token)
@@ -141,16 +150,22 @@ class StreamDecoder:
 
     def decode(self, token: int) -> str:
         """What the token adds to the text, stop strings aside: for tokens of the prompt."""
+        added = self.added(token)
+        if isinstance(added, int):
+            self._bytes += bytes([added])
+            return self._characters(end=False)
+        return self._characters(end=True) + added  # a control token ends a run of bytes too
+
+    def added(self, token: int) -> str | int:
+        """What the token adds where it stands: a string, or the value of a byte token. Call it once a token."""
         surface = self._tokenizer.surface(token)
         if isinstance(surface, int):
-            self._bytes += bytes([surface])
             self._at_start = False
-            return self._characters(end=False)
-        text = self._characters(end=True)  # a control token ends a run of bytes too
+            return surface
         if self._at_start and surface:
             surface = surface.removeprefix(SPACE)
             self._at_start = self._tokenizer.strips_first_spaces and not surface
-        return text + surface.replace(SPACE, " ")
+        return surface.replace(SPACE, " ")
 
     def _characters(self, end: bool) -> str:
         """The characters that the waiting bytes make; what may yet become one goes on waiting unless at the end."""

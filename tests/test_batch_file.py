@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import DEMO
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,11 +18,13 @@ from llama.batch_file import (
     line_number,
     numbered_lines,
     read_line,
+    result_line,
 )
-from llama.batch_file import result_line as written
 from llama.errors import LlamaError, ParameterError
 from llama.request import SamplingParams
+from llama.tokenizer import Tokenizer
 
+TOKENIZER = Tokenizer(str(DEMO / "tokenizer.model"))
 DEFAULTS = SamplingParams(temperature=0.5)
 DIALOG = [{"role": "user", "content": "Hi"}]
 PREDICTION: dict[str, Any] = {
@@ -130,13 +133,13 @@ def test_malformed_objects_are_error_records(value: dict[str, Any]) -> None:
 
 
 def test_results_are_whole_lines_without_times() -> None:
-    record = written(Line(4, "x", "Hi", DEFAULTS), PREDICTION)
+    record = result_line(Line(4, "x", "Hi", DEFAULTS), PREDICTION, TOKENIZER)
     assert json.loads(record) == {
         "line": 4, "id": "x", "text": "a\u2028b", "finish_reason": "stop", "seed": 5, "prompt_tokens": 3,
         "completion_tokens": 2,
     }  # fmt: skip
     assert line_number(record) == 4 and not is_failure(record)
-    failed = written(Line(4, "\ud800", "Hi", DEFAULTS), LlamaError("too long"))
+    failed = result_line(Line(4, "\ud800", "Hi", DEFAULTS), LlamaError("too long"), TOKENIZER)
     assert json.loads(failed) == {"line": 4, "id": "\ud800", "error": "too long"} and is_failure(failed)
 
 
