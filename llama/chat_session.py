@@ -5,7 +5,6 @@ import os
 import select
 import signal
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -41,6 +40,8 @@ GREETING = "/help lists what can be done; Ctrl-D leaves"
 
 def check_terminal() -> None:
     """Raise ParameterError unless a person can type and read here."""
+    if sys.platform == "win32":
+        raise ParameterError("llama chat needs a terminal of Linux or macOS: put dialogs into a file for llama batch")
     for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
         if not stream.isatty():
             raise ParameterError(
@@ -320,6 +321,8 @@ def _terminal(*, keys_as_bytes: bool) -> Iterator[None]:
     `keys_as_bytes`: Ctrl-C is a byte to be read. The signal would reach torchrun, which would end every process: those
     that it starts are not in the terminal's session.
     """
+    import termios  # here: Windows has none
+
     before = termios.tcgetattr(sys.stdin)
     handler = signal.signal(signal.SIGTERM, _end)
     try:

@@ -367,6 +367,17 @@ def test_chat_needs_a_terminal(here: Callable[..., Ended]) -> None:
     assert (code, out) == (2, "") and err.startswith("llama: standard input is not a terminal")
 
 
+def test_chat_says_that_windows_has_no_such_terminal(
+    here: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llama import chat_session
+
+    monkeypatch.setattr(chat_session.sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "termios", None)
+    code, out, err = here("chat")
+    assert (code, out) == (2, "") and err.startswith("llama: llama chat needs a terminal of Linux or macOS:")
+
+
 def test_info_describes_without_loading(here: Callable[..., Ended], tmp_path: Path) -> None:
     code, out, err = here("info")
     assert code == 0 and f"{DEMO}" in out and "1,869,504" in out
