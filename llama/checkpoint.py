@@ -25,6 +25,7 @@ from llama.weight_format import FORMATS, check_groups, format_of, quantized_shap
 JOINED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
 IGNORED = {"rope.freqs"}  # old files carry the RoPE frequencies, which are computed here
 LISTED = 5  # how many names an error lists
+OFFERED_BY = {"_io": "io", "posix": "os", "nt": "os"}  # the module by which users know what these hold
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -71,8 +72,8 @@ def open_shard(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = re.search(r"GLOBAL ([\w.]+)", str(error))
-        named = f" ({reason[1]})" if reason else ""
+        reason = re.search(r"GLOBAL (\w+)([\w.]*)", str(error))
+        named = f" ({OFFERED_BY.get(reason[1], reason[1])}{reason[2]})" if reason else ""
         raise CheckpointError(
             f"{path} holds pickled code{named}, not only tensors: refused, it is not Meta's file"
         ) from None

@@ -312,6 +312,23 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, zipped: bool) -
 
 
 @pytest.mark.parametrize(
+    ("written", "said"),
+    [("io open", "io.open"), ("_io open", "io.open"), ("posix system", "os.system"), ("nt system", "os.system"),
+     ("runpy run_path", "runpy.run_path")],
+)  # fmt: skip
+def test_code_in_a_pickle_is_called_what_users_call_it(tmp_path: Path, written: str, said: str) -> None:
+    """Whatever the Python that wrote it does: its open is in io up to 3.11, in _io since."""
+    path = tmp_path / "consolidated.00.pth"
+    torch.save({"x": Malicious(tmp_path)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, record in records.items():
+            archive.writestr(name, re.sub(rb"c_?io\nopen\n", b"c%s\n%s\n" % tuple(written.encode().split()), record))
+    refused(path, path.read_bytes(), f"holds pickled code ({said}), not only tensors")
+
+
+@pytest.mark.parametrize(
     "content",
     [
         [torch.ones(2)],
