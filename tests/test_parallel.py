@@ -148,11 +148,25 @@ def test_a_script_under_torchrun_prints_what_it_prints_alone(demo_float32: Path,
 # ---------------------------------------------------------------------------------------------------- a rank that fails
 
 
+def through_ours(stderr: str) -> list[str]:
+    """The files of ours that tracebacks go through, told by where they are: PyTorch's may lie below a llama/ too."""
+    package = Path(parallel.__file__).resolve().parent
+    files = map(Path, re.findall('File "(.*?)"', stderr))
+    return [f.name for f in files if package in f.resolve().parents or f.name in (*SCRIPTS, "command.py")]
+
+
 def assert_said_once(done: Done[str], said: str) -> None:
     """The run failed, with our line once; of the tracebacks (torchrun has its own) none goes through our files."""
     assert done.returncode != 0
     assert done.stderr.count(said) == 1, done.stderr
-    assert not re.search(r'File ".*(/llama/|example_|/command\.py)', done.stderr), done.stderr
+    assert not through_ours(done.stderr), done.stderr
+
+
+def test_a_traceback_is_ours_wherever_the_clone_is() -> None:
+    ours = [parallel.__file__, str(Path(parallel.__file__).parent / "kernels" / "small.py"), str(ROOT / SCRIPTS[0])]
+    others = [torch.__file__, "/home/llama/.venv/lib/torch/run.py", str(ROOT / ".venv" / "lib" / "torch" / "run.py")]
+    lines = [f'  File "{path}", line 7, in run\n' for path in ours + others]
+    assert through_ours("".join(lines)) == ["parallel.py", "small.py", SCRIPTS[0]]
 
 
 def test_a_checkpoint_that_no_rank_can_read_is_reported_once(tmp_path: Path, small: dict, weights: dict) -> None:
