@@ -39,7 +39,7 @@ _MEANING = {
     "repetition_penalty": "makes tokens of the prompt and completion less probable; 1 is off.",
     "presence_penalty": "subtracted once from the logits of tokens in the completion.",
     "frequency_penalty": "subtracted each time from the logits of tokens in the completion.",
-    "min_gen_len": "no end before so many tokens.",
+    "min_gen_len": "no end token, stop token or stop string ends it within so many tokens.",
     "max_gen_len": "the most tokens of a completion; up to max_seq_len if left out.",
     "stop": "a text that ends the completion, which is cut before it; may be given several times.",
     "stop_token_ids": "token ids that end the completion, such as 5,13.",

@@ -66,7 +66,7 @@ class Output:
         self._unread = ""
         self._engine = engine
         self._tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer, request.params.stop)
+        self._decoder = StreamDecoder(tokenizer, request.params.stop, request.params.min_gen_len)
         self._echoed = request.prompt if echo else []
         self._seen = 0
         self.fresh = fresh

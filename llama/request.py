@@ -28,6 +28,9 @@ class SamplingParams:
     softmax(logits / temperature) keeps its `top_k` most probable tokens (0: all), of those the most probable whose
     cumulative renormalised probability before them is ≤ `top_p` (https://arxiv.org/abs/1904.09751), of those the
     ones at least `min_p` times as probable as the best, and one is drawn.
+
+    The first `min_gen_len` tokens end no text: no end or stop token is among them, and a stop string that they
+    complete is plain text. One that a later token completes ends the text where it begins, be that among them.
     """
 
     temperature: float = 0.6

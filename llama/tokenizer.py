@@ -129,19 +129,23 @@ class StreamDecoder:
     """Tokens → text as they come; all that it returns, joined, is `Tokenizer.decode` of all tokens.
 
     With stop strings the text ends exactly where the first of them begins, `stopped` turns true, and what might be
-    the start of one is held back until it is decided.
+    the start of one is held back until it is decided. One whose last character was decided by the first `min_tokens`
+    tokens that were fed is plain text; it counts where a later token completes it, wherever it began.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._min_tokens, self._fed = min_tokens, 0
         self._at_start = tokenizer.strips_first_space
         self._bytes = b""  # of byte tokens that are not a character yet
         self._held = ""  # text that might be the start of a stop string
+        self._plain = 0  # how much of it no stop string may end in
 
     def feed(self, token: int) -> str:
         """The text that this token decides."""
+        self._fed += 1
         return self._until_stop(self.decode(token))
 
     def flush(self) -> str:
@@ -186,13 +190,15 @@ class StreamDecoder:
         if self.stopped or not self._stop:
             return "" if self.stopped else text
         text = self._held + text
-        begins = [at for at in map(text.find, self._stop) if at >= 0]
-        if begins:
+        if self._fed <= self._min_tokens:
+            self._plain = len(text)
+        begins = [text.find(stop, max(0, self._plain - len(stop) + 1)) for stop in self._stop]
+        if max(begins) >= 0:
             self.stopped, self._held = True, ""
-            return text[: min(begins)]
-        keep = 0 if end else max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return text[: min(at for at in begins if at >= 0)]
+        decided = len(text) if end else len(text) - max(_overlap(text, stop) for stop in self._stop)
+        self._held, self._plain = text[decided:], max(0, self._plain - decided)
+        return text[:decided]
 
 
 def _character_size(first: int) -> int:

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +169,27 @@ def test_stop_token_ids_and_min_gen_len(demo: Llama) -> None:
     held, _ = demo.generate([prompt], params=params)
     assert len(held[0]) >= 9
     assert tokens[4] not in held[0][:9]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_no_stop_string_ends_a_text_within_min_gen_len(demo: Llama, num_beams: int) -> None:
+    """The first place that a later token completes ends it; text, stream, tokens and log-probabilities agree."""
+    more: Any = {"temperature": 0, "max_gen_len": 30, "num_beams": num_beams}
+    plain = demo.text_completion([STORY], logprobs=True, **more)[0]
+    whole, pieces = plain["generation"], plain["tokens"]
+    for count in (1, 4, 9, 29):
+        first = len("".join(pieces[:count]))  # characters of the first `count` tokens
+        for stop in (whole[first - 2 : first], whole[first - 1 : first + 2], "e", whole[:3]):
+            result = demo.text_completion([STORY], logprobs=True, stop=stop, min_gen_len=count, **more)[0]
+            place = next(
+                (at for at in range(max(0, first - len(stop) + 1), len(whole)) if whole.startswith(stop, at)), -1
+            )
+            assert result["generation"] == (whole if place < 0 else whole[:place])
+            assert result["finish_reason"] == (plain["finish_reason"] if place < 0 else "stop")
+            assert "".join(result["tokens"]) == result["generation"]
+            assert result["logprobs"] == pytest.approx(plain["logprobs"][: len(result["tokens"])], abs=1e-4)
+            assert result["completion_tokens"] >= count
+            assert "".join(demo.stream_text(STORY, stop=stop, min_gen_len=count, **more)) == result["generation"]
 
 
 def test_streams_join_to_the_whole(demo: Llama) -> None:

@@ -14,7 +14,8 @@ from llama.errors import PromptError, TokenizerError
 from llama.tokenizer import StreamDecoder, Tokenizer
 
 DEMO_TOKENIZER = Tokenizer(str(DEMO / "tokenizer.model"))
-BYTES = st.integers(3, 258)  # the byte tokens follow <unk>, <s>, </s>
+BYTES_FROM = 3  # the byte tokens follow <unk>, <s>, </s>
+BYTES = st.integers(BYTES_FROM, BYTES_FROM + 255)
 TOKENS = st.lists(st.integers(0, DEMO_TOKENIZER.n_words - 1) | BYTES | st.sampled_from([0, 1, 2]), max_size=30)
 
 
@@ -63,18 +64,25 @@ def check_joins(tokenizer: Tokenizer, tokens: list[int]) -> None:
 @settings(max_examples=300)
 @given(st.data())
 def test_stop_strings_cut_at_their_first_place(data: st.DataObject) -> None:
-    """The text ends where a stop string begins, at the first token that completes one; held back is no more than
-    what might begin one."""
+    """The text ends where a stop string begins, at the first token after the first `min_tokens` that completes one.
+
+    Held back is no more than what might begin one, and what ends within the first tokens is plain text.
+    """
     tokens = data.draw(TOKENS)
+    min_tokens = data.draw(st.sampled_from([0, 0, 1, 2, 3, 5, 100]))
     whole = DEMO_TOKENIZER.decode(tokens)
     inside = st.builds(lambda a, n: whole[a : a + n], st.integers(0, max(0, len(whole) - 1)), st.integers(1, 6))
     stops = [stop for stop in data.draw(st.lists(inside | st.text(min_size=1, max_size=3), max_size=3)) if stop]
-    decoder, text = StreamDecoder(DEMO_TOKENIZER, stops), ""
-    plain, seen = StreamDecoder(DEMO_TOKENIZER), ""
-    for token in [*tokens, None]:
+    decoder, text = StreamDecoder(DEMO_TOKENIZER, stops, min_tokens), ""
+    undisturbed, seen, first = StreamDecoder(DEMO_TOKENIZER), "", 0
+    for count, token in enumerate([*tokens, None], 1):
         feed = (lambda d: d.flush()) if token is None else (lambda d, token=token: d.feed(token))
-        text, seen = text + feed(decoder), seen + feed(plain)
-        places = [seen.index(stop) for stop in stops if stop in seen]
+        text, seen = text + feed(decoder), seen + feed(undisturbed)
+        if count <= min_tokens or len(tokens) <= min_tokens:
+            first = len(seen)  # how far the text of the first tokens goes
+        places = [
+            at for stop in stops for at in range(len(seen)) if seen.startswith(stop, at) and at + len(stop) > first
+        ]
         assert decoder.stopped == bool(places)
         if places:
             assert text == seen[: min(places)]
@@ -82,6 +90,24 @@ def test_stop_strings_cut_at_their_first_place(data: st.DataObject) -> None:
         held = seen[len(text) :]
         assert not held or any(stop.startswith(held) and stop != held for stop in stops)
     assert text == seen == whole
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "stops", "text"),
+    [
+        (0, ["an"], "b"),
+        (2, ["an"], "b"),  # begun by the second token, completed by the third
+        (3, ["an"], "ban"),  # the second place is the first that counts
+        (5, ["an", "xz"], "bananx"),  # none is left, but what might begin the other is held back
+        (3, ["anax", "n"], "bana"),  # what was held back for the one holds the other, which ended before
+        (6, ["x"], "bananx"),
+        (7, ["x"], "bananxx"),
+    ],
+)
+def test_what_the_first_tokens_complete_is_plain_text(min_tokens: int, stops: list[str], text: str) -> None:
+    """Each letter is a token; a stop string counts from the first place at which a later token completes it."""
+    decoder = StreamDecoder(DEMO_TOKENIZER, stops, min_tokens)
+    assert "".join(decoder.feed(BYTES_FROM + byte) for byte in b"bananxx") == text
 
 
 def test_nothing_comes_after_a_stop() -> None:
