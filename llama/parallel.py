@@ -1,8 +1,12 @@
 """The processes of one run: their group, fairscale's model-parallel groups, each one's device and dtype."""
 
+import atexit
 import contextlib
+import gc
 import io
 import os
+import sys
+import traceback
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -222,9 +226,37 @@ def before_leaving(method: Callable[[], None]) -> None:
 
 
 def leave() -> None:
-    """Take leave of the other processes at the end of a run."""
-    if dist.is_initialized() and world_size() > 1:
-        for method in _before_leaving:
-            if still_there := method():
-                still_there()
+    """Take leave of the other processes at the end of a run that went well; one that runs alone has nobody to leave."""
+    if dist.is_initialized() and dist.get_backend() == "solo":
+        return
+    for method in _before_leaving:
+        if still_there := method():
+            still_there()
+    if dist.is_initialized():
         dist.destroy_process_group()
+    fairscale_groups.destroy_model_parallel()  # it holds groups, and the threads of a group end with the last reference
+
+
+def _leave_at_exit() -> None:
+    """Take leave when Python ends, however it ends, and whoever made the groups or has destroyed them already.
+
+    Gloo's threads let go of a collective's tensors some time after it, and need Python for that: one that comes to it
+    while Python ends aborts the process. Gloo waits for nobody here; NCCL might, for a process that has failed, so it
+    is left to its own end.
+    """
+    if dist.is_initialized() and "nccl" in dist.get_backend_config():
+        return
+    if dist.is_initialized() or fairscale_groups.model_parallel_is_initialized():
+        _forget_locals(getattr(sys, "last_value", None))
+        leave()
+        gc.collect()  # a cycle may hold a group too
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Clear the local variables, some of which may be groups, of the functions that an uncaught error came through."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+atexit.register(_leave_at_exit)  # now, so that what a script registers later is done before, and may use the model
