@@ -20,7 +20,7 @@ from llama import batch_output, parallel
 from llama.batch_file import Format, Line, error_line, numbered_lines, read_line, repeated_id, result_line
 from llama.batch_output import LineSet, ResultFile
 from llama.checklist import fingerprint
-from llama.errors import LlamaError, ParameterError
+from llama.errors import LlamaError, ParameterError, PeerError
 from llama.progress import Progress
 from llama.replicas import Replicas
 from llama.request import SamplingParams
@@ -70,6 +70,10 @@ def run_batch(
         except KeyboardInterrupt:
             parallel.say(f"llama: stopped; {output} has what is finished, and the same command again does the rest")
             raise
+        except PeerError as error:
+            raise PeerError(
+                f"{error}; {output} has what is finished, and the same command again does the rest"
+            ) from None
         finally:
             progress.close()
         return _end(results, done, replicas, failed, total, ordered, quiet) if first else 0

@@ -21,7 +21,7 @@ from llama import parallel
 from llama.chat import Dialog, has_special_tags
 from llama.chat_commands import Talk, Turn, respond
 from llama.conversation import Conversation, check_text, excerpt, make_room
-from llama.errors import LlamaError, ParameterError
+from llama.errors import LlamaError, ParameterError, PeerError
 from llama.gate import harmless, one_line
 from llama.request import Request, SamplingParams
 from llama.terminal import has_colour
@@ -108,6 +108,8 @@ def _take(session: _Session, line: str) -> bool:
             _write(f"{reply.say}\n")
         if reply.send is None or _turn(session, reply.send):
             return not reply.leave
+    except PeerError:  # without the others no message can be answered
+        raise
     except LlamaError as error:
         _notice(str(error))
     except KeyboardInterrupt:

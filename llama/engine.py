@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama.beam_search import beam_search
 from llama.decode_loop import DecodeLoop, Row, Tokens, can_loop
-from llama.errors import LlamaError, NumericalError, ParameterError, PromptError
+from llama.errors import NumericalError, ParameterError, PromptError
 from llama.kernels.small import choose
 from llama.model import Transformer
 from llama.request import Completion, FinishReason, Request
@@ -209,7 +209,7 @@ class Engine:
             return []
         except StopIteration:
             self.finish(request, request.finish_reason or "length")
-        except LlamaError as error:
+        except NumericalError as error:
             self.finish(request, "error", error)
         except BaseException:
             self.finish(request, "cancelled")

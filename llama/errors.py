@@ -33,5 +33,9 @@ class DeviceError(LlamaError):
     """The device, the number of processes or the free memory does not allow what was asked for."""
 
 
+class PeerError(LlamaError):
+    """Another process of this run has ended, or cannot be reached."""
+
+
 class NumericalError(LlamaError):
     """The model gave NaN or infinite logits."""

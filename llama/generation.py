@@ -49,10 +49,11 @@ class Llama:
         """Load a checkpoint in Meta's layout; says what was chosen in one line on stderr.
 
         `max_seq_len` is the most tokens of one sequence, prompt and completion; `max_batch_size` how many sequences
-        are held at once (more may be asked for). `seed` None takes fresh entropy. `quantize` "int8" or "int4" holds the
-        matrices in so many bits, `kv_dtype` "fp8" the KV cache in 8. `threads` is how many this process uses on a CPU
-        (None: `parallel.default_threads`). `compile` runs the layers through torch.compile, which takes its time at the
-        first steps. `verify` compares the files with their checklist.chk first. Raises a subclass of LlamaError.
+        are held at once (more may be asked for). `seed` None takes fresh entropy; of several processes the first's
+        counts. `quantize` "int8" or "int4" holds the matrices in so many bits, `kv_dtype` "fp8" the KV cache in 8.
+        `threads` is how many this process uses on a CPU (None: `parallel.default_threads`). `compile` runs the layers
+        through torch.compile, which takes its time at the first steps. `verify` compares the files with their
+        checklist.chk first. Raises a subclass of LlamaError: PeerError where another process has failed.
         """
         started = time.perf_counter()
         max_seq_len, max_batch_size, model_parallel_size, seed, threads, max_step_tokens = map(
@@ -83,7 +84,7 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.ckpt_dir: Path | None = None  # where `build` loaded it from
-        self.seed = parallel.agree(secrets.randbits(63), model.device) if seed is None else seed
+        self.seed = parallel.agree(secrets.randbits(63) if seed is None else seed, model.device)
         self.engine = Engine(model, model.params.max_batch_size, model.params.max_seq_len, max_step_tokens)
         self._requests_made = 0
 

@@ -15,7 +15,7 @@ from llama.kernels.layers import DecodeStep, can_run
 from llama.kernels.small import add_norm, gate, turn_and_store
 from llama.kv_cache import KVCache
 from llama.linear import column_parallel, parallel_embedding, row_parallel
-from llama.parallel import model_parallel_size
+from llama.parallel import model_parallel_size, with_peers
 from llama.step import Step
 
 
@@ -174,6 +174,7 @@ class Transformer(nn.Module):
         )
 
     @torch.inference_mode()
+    @with_peers
     def forward(self, step: Step, cache: KVCache) -> Tensor:
         """Write the step's keys and values into the cache; return the logits (R, vocab) in float32."""
         if self.rope is None or self.rope.shape[0] < cache.max_seq_len:

@@ -2,25 +2,31 @@
 
 import atexit
 import contextlib
+import functools
 import gc
 import io
 import os
+import re
+import socket
 import sys
 import traceback
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
 
 from llama import gate
-from llama.errors import DeviceError, ParameterError
+from llama.errors import DeviceError, ParameterError, PeerError
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 _before_leaving: list[weakref.WeakMethod] = []
+GLOO_FILE = re.compile(r"\[[^\]]*gloo/[^\]]*\] ")  # how each error of gloo's begins, which has no class of its own
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -86,6 +92,30 @@ def say(message: str) -> None:
         gate.say(message)
 
 
+def with_peers(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Make a function in which processes meet raise PeerError where the others cannot be reached."""
+
+    @functools.wraps(function)
+    def meet(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or GLOO_FILE.match(str(error))):
+                raise
+            reason = _first_sentence(error)
+        raise PeerError(  # outside of `except`, so that its traceback is ours alone
+            f"another process of this run has ended, or cannot be reached ({reason}): start all of them again"
+        )
+
+    return meet
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    """What an error of PyTorch's says first: without a place in its source, and without advice."""
+    return GLOO_FILE.sub("", str(error)).partition("\n")[0].partition(". This is ")[0].rstrip(".")
+
+
+@with_peers
 def initialize(device: torch.device, size: int | None) -> None:
     """Join the process group and split it into model-parallel groups of `size` processes (None: all of them).
 
@@ -133,6 +163,7 @@ def agree(number: int, device: torch.device) -> int:
     return broadcast(number, device)
 
 
+@with_peers
 def broadcast(value: Any, device: torch.device, group: dist.ProcessGroup | None = None) -> Any:
     """The value that the first rank of `group` (None: of all) has, on every rank of it."""
     if world_size() == 1:
@@ -142,6 +173,7 @@ def broadcast(value: Any, device: torch.device, group: dist.ProcessGroup | None 
     return values[0]
 
 
+@with_peers
 def patient_group() -> dist.ProcessGroup | None:
     """A group of all ranks, over their CPUs, in which one may keep the others waiting while a person thinks.
 
@@ -211,13 +243,35 @@ def is_first_to_fail() -> bool:
     """Whether no other process of this run has claimed to report its error yet; each call is a claim."""
     if world_size() == 1:
         return True
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store: there before the group is
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    elif dist.is_initialized():
-        store = dist.distributed_c10d._get_default_store()
-    else:
-        return True  # nobody to ask: better said twice than not at all
-    return store.add(f"llama/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    try:
+        store = _common_store()
+        return store is None or store.add(f"llama/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (OSError, dist.DistError):  # the process that held it has ended
+        return True
+
+
+def _common_store() -> dist.Store | None:
+    """What all processes of this run can write to; None where there is nothing: better said twice than not at all."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own: there before the group is
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(address, timeout=5).close()  # or PyTorch would try for minutes, and say so at length
+        return dist.TCPStore(*address, is_master=False)
+    if not dist.is_initialized():
+        return None
+    store = inner = dist.distributed_c10d._get_default_store()
+    while isinstance(inner, dist.PrefixStore):
+        inner = inner.underlying_store
+    if isinstance(inner, dist.TCPStore):
+        _check_alive(inner.host, inner.port)
+    return store
+
+
+def _check_alive(host: str, port: int) -> None:
+    """Raise OSError where the process that listens there has ended, or just ends: PyTorch would print its C++ stack."""
+    with socket.create_connection((host, port), timeout=5) as connection, contextlib.suppress(TimeoutError):
+        connection.settimeout(0.5)  # one that was killed may take a moment to let go of its port
+        if not connection.recv(1):
+            raise ConnectionResetError
 
 
 def before_leaving(method: Callable[[], None]) -> None:

@@ -112,7 +112,7 @@ def test_a_silent_replica_is_given_up(tmp_path: Path) -> None:
         "began = time.monotonic()\n"
         "try:\n"
         "    for _ in group.wait(): pass\n"
-        "except replicas.DeviceError as error:\n"
+        "except replicas.PeerError as error:\n"
         "    print('waited', time.monotonic() - began > 2, error, flush=True)\n"
         "    os._exit(7)\n"
     )
