@@ -4,6 +4,7 @@ It decides as Hugging Face transformers' does with early_stopping=False: a beam 
 scores log p / length ** length_penalty, and the search ends when no running beam can beat the worst kept ending.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from llama.errors import NumericalError
 from llama.kv_cache import KVCache
 from llama.model import Transformer
 from llama.request import Request
-from llama.sampling import adjust, top_logprobs
+from llama.sampling import adjust, no_token, top_logprobs
 from llama.step import Step
 
 
@@ -44,7 +45,7 @@ def beam_search(
     """Run one request in `slots`, which are its own meanwhile, writing the best completion into it at the end.
 
     Yields after each pass through the model how many tokens it computed. Raises NumericalError on logits that are
-    not finite.
+    not finite, ParameterError where the request forbids every token.
     """
     params = request.params
     room = cache.max_seq_len - len(request.prompt)
@@ -60,14 +61,17 @@ def beam_search(
         endings = _endings(candidates, endings, request, most)
         running = [beam for beam in candidates if beam.tokens[-1] not in request.stop_tokens][: params.num_beams]
         length = len(beams[0].tokens) + 1
-        if length == most or not running or not _can_improve(running[0].score, length, endings, request):
+        dead = not running or running[0].score == -math.inf
+        if dead or length == most or not _can_improve(running[0].score, length, endings, request):
             break
         beams = _move(beams, running, slots[: params.num_beams], len(request.prompt), cache)
         parts = [(beam.slot, len(request.prompt) + length - 1, beam.tokens[-1:]) for beam in beams]
         logits = model(Step.pack(parts, range(len(parts)), model.device), cache)
         yield len(parts)
-    if endings:
+    if endings and endings[0].score > -math.inf:
         _write(request, endings[0])
+    elif most:
+        raise no_token(request)
 
 
 def _continuations(beams: list[Beam], request: Request, logits: Tensor) -> list[Beam]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from llama.errors import NumericalError, ParameterError, PromptError
 from llama.kernels.small import choose
 from llama.model import Transformer
 from llama.request import Completion, FinishReason, Request
-from llama.sampling import adjust, noise_key, sample, top_logprobs, uniform
+from llama.sampling import adjust, no_token, noise_key, sample, top_logprobs, uniform
 from llama.scheduler import Chunk, Scheduler, Sequence
 from llama.step import Step
 
@@ -80,11 +80,12 @@ class Engine:
         if set(map(type, request.prompt)) != {int} or min(request.prompt) < 0 or max(request.prompt) >= vocab:
             wrong = next(t for t in request.prompt if type(t) is not int or not 0 <= t < vocab)
             raise PromptError(f"{name} has token {wrong!r}: expected ids from 0 to {vocab - 1}")
-        room = self.max_seq_len - length
-        if room < 0 or (room == 0 and request.params.max_gen_len != 0):
+        makes_none = request.params.max_gen_len == 0
+        if length + (not makes_none) > self.max_seq_len:
+            found = "more than" if makes_none else "which leaves no room to generate within"
             raise PromptError(
-                f"{name} has {length} tokens, which leaves no room to generate within max_seq_len={self.max_seq_len}:"
-                " shorten it, or build with a larger max_seq_len"
+                f"{name} has {length} tokens, {found} max_seq_len={self.max_seq_len}: shorten it, or build with a"
+                " larger max_seq_len"
             )
         params = request.params
         if params.num_beams > self.scheduler.slots:
@@ -248,7 +249,10 @@ class Engine:
         requests = [sequence.request for sequence in sequences]
         chosen = _choose(requests, [self._noise[request] for request in requests], logits, best)
         for row, (sequence, token) in enumerate(zip(sequences, chosen, strict=True)):
-            self._give_token(sequence, token, logits[row])
+            if token is None:
+                self.finish(sequence.request, "error", no_token(sequence.request))
+            else:
+                self._give_token(sequence, token, logits[row])
 
     def _give_token(self, sequence: Sequence, token: int, logits: Tensor | None = None) -> None:
         """Hand a sequence its next token, chosen from logits (V,), which only requests for log-probabilities need."""
@@ -306,15 +310,23 @@ def _pack(chunks: list[Chunk], wanted: list[range], device: torch.device) -> Ste
     return Step.pack(parts, rows, device)
 
 
-def _choose(requests: list[Request], keys: list[bytes], logits: Tensor, best: list[int]) -> list[int]:
+def _choose(requests: list[Request], keys: list[bytes], logits: Tensor, best: list[int]) -> Iterable[int | None]:
+    """The next token of each request; None for one that forbids every token."""
+    greedy = all(request.params.temperature == 0 for request in requests)
     changed = [row for row, request in enumerate(requests) if not request.params.plain]
-    if changed:
-        logits = logits.clone()
-        for row in changed:
-            request = requests[row]
-            logits[row] = adjust(logits[row], request.params, request.prompt, request.tokens, request.stop_tokens)
-    if all(request.params.temperature == 0 for request in requests):
-        return choose(logits)[0] if changed else best
+    if not changed:
+        return best if greedy else _sample(requests, keys, logits)
+    logits = logits.clone()
+    for row in changed:
+        request = requests[row]
+        logits[row] = adjust(logits[row], request.params, request.prompt, request.tokens, request.stop_tokens)
+    empty = logits.amax(-1) == -torch.inf
+    logits.masked_fill_(empty[:, None], 0)
+    tokens = choose(logits)[0] if greedy else _sample(requests, keys, logits)
+    return [None if none else token for none, token in zip(empty.tolist(), tokens, strict=True)]
+
+
+def _sample(requests: list[Request], keys: list[bytes], logits: Tensor) -> list[int]:
     columns = [
         (r.params.temperature, r.params.top_p, r.params.min_p, uniform(key, len(r.prompt) + len(r.tokens)))
         for r, key in zip(requests, keys, strict=True)

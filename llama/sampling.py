@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llama.errors import ParameterError
 from llama.kernels.library import gpu_sampling, usable
 from llama.kernels.small import draw
-from llama.request import SamplingParams
+from llama.request import Request, SamplingParams
 
 NOISE_BITS = 24  # of a number of noise: as many as float32 has
 WHOLE = 1 << 38  # probability 1 in whole numbers, whose sums are the same in every order; times noise it fits 63 bits
@@ -116,6 +117,13 @@ def adjust(
     if banned:
         logits[at(sorted(banned))] = -torch.inf
     return logits
+
+
+def no_token(request: Request) -> ParameterError:
+    """The error of a request that forbids every token somewhere."""
+    return ParameterError(
+        f"{request.name}: its logit_bias, bad_words and min_gen_len forbid every token at some place: allow one"
+    )
 
 
 def _banned(bad_words: Sequence[Sequence[int]], prompt: Sequence[int], made: Sequence[int]) -> set[int]:

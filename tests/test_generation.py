@@ -192,6 +192,29 @@ def test_no_stop_string_ends_a_text_within_min_gen_len(demo: Llama, num_beams: i
             assert "".join(demo.stream_text(STORY, stop=stop, min_gen_len=count, **more)) == result["generation"]
 
 
+@pytest.mark.parametrize("more", [{"temperature": 0}, {"temperature": 0.9}, {"num_beams": 3}])
+def test_a_request_that_forbids_every_token_is_an_error(demo: Llama, more: dict[str, Any]) -> None:
+    """Wherever that is; the others go on. One token that is left is enough."""
+    eos = demo.tokenizer.eos_id
+    every = dict.fromkeys(range(demo.tokenizer.n_words), -math.inf)
+    but_five, but_end = ({token: bias for token, bias in every.items() if token != left} for left in (5, eos))
+    good = SamplingParams(max_gen_len=4, logit_bias=but_five, **more)
+    for given in (
+        {"logit_bias": every},
+        {"logit_bias": but_five, "bad_words": [[5]]},
+        {"logit_bias": but_five, "bad_words": [[5, 5, 5]]},  # at the third token
+        {"logit_bias": but_end, "min_gen_len": 1},
+    ):
+        bad = SamplingParams(max_gen_len=4, **given, **more)
+        found = dict(demo.run_each([STORY, STORY], [bad, good]))
+        assert isinstance(found[0], ParameterError) and "forbid every token" in str(found[0])
+        assert found[1]["completion_tokens"] == 4 and found[1]["generation"] == demo.tokenizer.decode([5] * 4)
+        with pytest.raises(ParameterError, match=r"^prompt 0: its logit_bias, bad_words and .* forbid every token"):
+            demo.text_completion([STORY], params=bad)
+    empty = demo.text_completion([STORY], params=SamplingParams(max_gen_len=4, logit_bias=but_end, **more))[0]
+    assert (empty["generation"], empty["finish_reason"]) == ("", "stop")
+
+
 def test_streams_join_to_the_whole(demo: Llama) -> None:
     """Streamed pieces are many, and join to what the call without streaming gives."""
     whole = demo.text_completion([STORY], temperature=0)[0]["generation"]

@@ -38,7 +38,7 @@ def test_a_score_is_that_of_the_library(demo: Llama, tmp_path: Path) -> None:
         ("jsonl", b'{"prompt": "x"}', 'expected a JSON string or {"text": "…"}'),
         ("jsonl", b'{"text": 5}', 'expected a JSON string or {"text": "…"}'),
         ("jsonl", rb'"\ud800"', "the text holds half a surrogate pair"),
-        ("text", b"x" * 999, "the text has "),
+        ("text", b"x" * 999, "the text has 1001 tokens, more than max_seq_len=512: shorten it, or build with"),
     ],
 )
 def test_a_line_without_a_score_says_why(demo: Llama, tmp_path: Path, form: Format, line: bytes, said: str) -> None:
