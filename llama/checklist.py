@@ -4,9 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from llama.errors import CheckpointError
+from llama.progress import Move, bar_of_bytes
 
 CHUNK = 1 << 22  # bytes hashed between two moves of the progress bar
 PAGE, PAGES = 4096, 1024  # a fingerprint reads at most so many pages of a file
@@ -45,21 +44,21 @@ def verify(folder: Path, *, progress: bool = True) -> int:
     faults = [f"{name} is missing" for name in sums if not (folder / name).is_file()]
     present = [name for name in sums if (folder / name).is_file()]
     total = sum((folder / name).stat().st_size for name in present)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=not progress) as bar:
+    with bar_of_bytes("verifying", total, quiet=not progress) as move:
         for name in present:
-            if _md5(folder / name, bar) != sums[name]:
+            if _md5(folder / name, move) != sums[name]:
                 faults.append(f"{name} differs")
     if faults:
         raise CheckpointError(f"{folder} does not match its checklist.chk: {', '.join(faults)}; download again")
     return len(sums)
 
 
-def _md5(path: Path, bar: tqdm) -> str:
+def _md5(path: Path, move: Move) -> str:
     digest = hashlib.md5(usedforsecurity=False)  # a guard against torn downloads, as Meta ships it
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-            bar.update(len(chunk))
+            move(len(chunk), path.name)
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """A checkpoint folder in Meta's layout → verified weights in a `Transformer`, one tensor at a time."""
 
 import ctypes
+import math
 import mmap
 import pickle
 import re
@@ -16,8 +17,9 @@ from llama import checklist, memory
 from llama.errors import CheckpointError, DeviceError
 from llama.kernels.quantized import LANES, can_pack, pack, pack_rows, pack_scales, quantize
 from llama.model import ModelArgs, Transformer
-from llama.parallel import choose_dtype, model_parallel_rank, model_parallel_size
+from llama.parallel import choose_dtype, model_parallel_rank, model_parallel_size, rank
 from llama.params_file import read_params
+from llama.progress import bar_of_bytes
 from llama.resharding import either, plan, possible_sizes, split_axis
 from llama.weight_format import FORMATS, check_groups, format_of, quantized_shapes, scales_of
 
@@ -199,17 +201,30 @@ def fill(
     shapes = quantized_shapes(expected_shapes(model.params), stored)
     # What a tensor needs beside itself is then gone before all is there.
     largest_first = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
-    for name, _ in largest_first:
-        names, (owner, _, leaf) = sources(name), name.rpartition(".")
-        module = model.get_submodule(owner)
-        if hasattr(module, "scales"):
-            form = format_of(names[0], model.params.quantize)
-            weight, module.scales = _matrix(names, shapes, shards, device, dtype, form, stored is not None)
-        else:
-            weight = _joined(names, shapes, shards, dtype, device)
-        setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
-        del weight
+    sizes = {name: _stored_sizes(sources(name), shapes, shards) for name, _ in largest_first}
+    doing = "loading" if stored == model.params.quantize else f"loading as {model.params.quantize}"
+    count, of = 0, sum(map(len, sizes.values()))
+    with bar_of_bytes(doing, sum(map(sum, sizes.values())), quiet=rank() > 0) as move:
+        for name, _ in largest_first:
+            names, (owner, _, leaf) = sources(name), name.rpartition(".")
+            module = model.get_submodule(owner)
+            if hasattr(module, "scales"):
+                form = format_of(names[0], model.params.quantize)
+                weight, module.scales = _matrix(names, shapes, shards, device, dtype, form, stored is not None)
+            else:
+                weight = _joined(names, shapes, shards, dtype, device)
+            setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+            del weight
+            count += len(sizes[name])
+            move(sum(sizes[name]), f"{count} of {of} tensors")
     _return_memory()
+
+
+def _stored_sizes(names: list[str], shapes: dict[str, tuple[int, ...]], shards: list[dict[str, Tensor]]) -> list[int]:
+    """The bytes that this rank reads of each tensor that a parameter is made of, its scales among them."""
+    mp = model_parallel_size()
+    stored = (name for name in (*names, *map(scales_of, names)) if name in shapes)
+    return [math.prod(shard_shape(name, shapes[name], mp)) * shards[0][name].itemsize for name in stored]
 
 
 def _matrix(

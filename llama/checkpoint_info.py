@@ -9,11 +9,10 @@ import torch
 from llama import memory
 from llama.checkpoint import expected_shapes, find_shards, open_checkpoint, process_counts, stored_dtype
 from llama.gate import one_line
+from llama.memory import in_units
 from llama.model import ModelArgs
 from llama.parallel import choose_dtype
 from llama.resharding import either
-
-UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 class ShardInfo(TypedDict):
@@ -136,14 +135,14 @@ def text(info: Info) -> str:
     facts = {
         "checkpoint": info["folder"],
         "files": _files(info["shards"]),
-        "parameters": f"{info['parameters']:,} in {_stored(info)}: {_size(info['weights_bytes'])}",
+        "parameters": f"{info['parameters']:,} in {_stored(info)}: {in_units(info['weights_bytes'])}",
         "layers": f"{info['n_layers']} of dim {info['dim']}, hidden dim {info['hidden_dim']}",
         "heads": f"{info['n_heads']} of {info['head_dim']}, {info['n_kv_heads']} kv heads",
         "vocabulary": f"{info['vocab_size']} tokens",
         "constants": f"norm_eps {info['norm_eps']:g}, rope_theta {info['rope_theta']:.10g}",
         "params.json": f"ignored: {', '.join(info['ignored_params'])}" if info["ignored_params"] else "",
         "processes": either(info["processes"]),
-        "KV cache": f"{_size(info['cache_bytes'])} for {sequences} of {info['max_seq_len']} tokens",
+        "KV cache": f"{in_units(info['cache_bytes'])} for {sequences} of {info['max_seq_len']} tokens",
     }
     lines = [f"{name:<12}  {one_line(fact)}" for name, fact in facts.items() if fact]
     return "\n".join([*lines, "", *_table(info["devices"])])
@@ -154,7 +153,7 @@ def _stored(info: Info) -> str:
 
 
 def _files(shards: list[ShardInfo]) -> str:
-    sizes = dict.fromkeys(_size(shard["bytes"]) for shard in shards)
+    sizes = dict.fromkeys(in_units(shard["bytes"]) for shard in shards)
     return f"{len(shards)} shard{'s' if len(shards) > 1 else ''} of {' or '.join(sizes)}"
 
 
@@ -162,12 +161,12 @@ def _table(devices: list[DeviceInfo]) -> list[str]:
     """A row for each fact, as wide as the widest of its column."""
     rows = [
         ("on this machine", [device["device"] for device in devices]),
-        ("memory", [_size(device["total_bytes"]) for device in devices]),
-        ("free", [_size(device["free_bytes"]) for device in devices]),
+        ("memory", [in_units(device["total_bytes"]) for device in devices]),
+        ("free", [in_units(device["free_bytes"]) for device in devices]),
         ("runs in", [device["dtype"] for device in devices]),
-        ("weights", [_size(device["weights_bytes"]) for device in devices]),
-        ("KV cache", [_size(device["cache_bytes"]) for device in devices]),
-        ("workspace", [_size(device["workspace_bytes"]) for device in devices]),
+        ("weights", [in_units(device["weights_bytes"]) for device in devices]),
+        ("KV cache", [in_units(device["cache_bytes"]) for device in devices]),
+        ("workspace", [in_units(device["workspace_bytes"]) for device in devices]),
         ("fits", ["yes" if device["fits"] else "no" for device in devices]),
         ("largest max_batch_size", [str(device["largest_batch_size"] or "none") for device in devices]),
     ]
@@ -180,8 +179,3 @@ def _table(devices: list[DeviceInfo]) -> list[str]:
         f"{name:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         for name, cells in rows
     ]
-
-
-def _size(count: int) -> str:
-    scale, unit = next(((scale, unit) for scale, unit in UNITS if count >= scale), UNITS[-1])
-    return f"{count / scale:.2f} {unit}"

@@ -23,7 +23,6 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2  # the name by which every .pth file says that something is a tensor
-from tqdm import tqdm
 
 from llama.checklist import format_checklist
 from llama.checkpoint import (
@@ -37,8 +36,9 @@ from llama.checkpoint import (
 )
 from llama.errors import CheckpointError, ParameterError
 from llama.kernels import quantized
-from llama.memory import gigabytes
+from llama.memory import in_units
 from llama.paths import kind
+from llama.progress import Move, bar_of_bytes
 from llama.weight_format import FORMATS, check_format, check_groups, format_of
 
 MOST_SHARDS = 100  # consolidated.00.pth … consolidated.99.pth
@@ -161,15 +161,15 @@ def write_folder(
         # As long as consolidated.00.pth or params.json is missing, nobody takes the folder for a checkpoint.
         with (
             _all_or_nothing(out, [*reversed(names), *files, "checklist.chk"]) as places,
-            tqdm(total=size, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar,
+            bar_of_bytes("writing", size, quiet=not progress) as move,
         ):
             sums = {}
             for number, (name, layout) in enumerate(zip(names, layouts, strict=True)):
-                sums[name] = write_shard(places[name], layout, partial(contents, number), bar)
+                sums[name] = write_shard(places[name], layout, partial(contents, number), move)
             for name, data in files.items():
                 places[name].write_bytes(data)
                 sums[name] = _md5(data).hexdigest()
-                bar.update(len(data))
+                move(len(data), name)
             places["checklist.chk"].write_text(format_checklist(sums))
     return [out / name for name in names]
 
@@ -204,7 +204,7 @@ def _check_target(out: Path, size: int) -> None:
     free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
     if size > free:
         raise CheckpointError(
-            f"{out} needs {gigabytes(size)}, but {gigabytes(free)} is free on its disk: make room, or choose another"
+            f"{out} needs {in_units(size)}, but {in_units(free)} is free on its disk: make room, or choose another"
         )
 
 
@@ -246,11 +246,11 @@ def _all_or_nothing(out: Path, names: Sequence[str]) -> Iterator[dict[str, Path]
 # --------------------------------------------------------------------------------------------------- one .pth file
 
 
-def write_shard(path: Path, layout: Tensors, contents: Callable[[str], Tensor], bar: tqdm) -> str:
+def write_shard(path: Path, layout: Tensors, contents: Callable[[str], Tensor], move: Move) -> str:
     """Write a .pth file of tensors like those of `layout`, which are on the meta device; returns its MD5 sum.
 
     `contents(name)` gives each in turn, on the CPU; the next is asked for when it has been written and let go.
-    `bar` moves by the bytes of each.
+    `move(bytes, name of the file)` is called after each.
     """
     with open(path, "wb") as file:
         out = _Hashed(file)
@@ -259,7 +259,7 @@ def write_shard(path: Path, layout: Tensors, contents: Callable[[str], Tensor], 
             _write_record(archive, out, "byteorder", sys.byteorder.encode())
             for number, (name, like) in enumerate(layout.items()):
                 _write_record(archive, out, f"data/{number}", _bytes(contents(name), like))
-                bar.update(like.nbytes)
+                move(like.nbytes, path.stem)
             _write_record(archive, out, "version", b"3\n")
         file.flush()
         os.fsync(file.fileno())  # some disks say only here that they are full

@@ -14,6 +14,7 @@ from llama.weight_format import FORMATS
 STEP_TOKENS = 2048  # the most tokens of one step where nobody says how many
 STEP_TOKENS_CPU = 512  # more gains a CPU nothing
 _NO_LIMIT = 1 << 62
+UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,8 @@ def check_fits(needed: Need, free: int, max_seq_len: int, max_batch_size: int, d
     if needed.weights + cache + needed.workspace <= free:
         return
     found = (
-        f"not enough memory on {device}: weights {gigabytes(needed.weights)} + KV cache {gigabytes(cache)}"
-        f" + workspace {gigabytes(needed.workspace)}, but {gigabytes(free)} is free"
+        f"not enough memory on {device}: weights {in_units(needed.weights)} + KV cache {in_units(cache)}"
+        f" + workspace {in_units(needed.workspace)}, but {in_units(free)} is free"
     )
     room = needed.room(free)
     if room < 1:
@@ -117,5 +118,7 @@ def check_fits(needed: Need, free: int, max_seq_len: int, max_batch_size: int, d
     raise DeviceError(f"{found}: {fits[0]}, such as {' or '.join(fits[1:])}" if fits[1:] else f"{found}: {fits[0]}")
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def in_units(size: int) -> str:
+    """Bytes as people read them, in the largest unit of which there is one: 13.48 GB, 512 bytes."""
+    scale, unit = next(((scale, unit) for scale, unit in UNITS if round(size / scale, 2) >= 1), (1, ""))
+    return f"{size / scale:.2f} {unit}" if unit else f"{size} byte{'s' if size != 1 else ''}"

@@ -1,13 +1,41 @@
-"""How far a run is: one bar in a terminal, else a line now and then, on stderr."""
+"""How far something is, on stderr: a bar in a terminal; elsewhere, of a run, a line now and then."""
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from llama.gate import say
+from llama.gate import one_line, say
 
 PAUSE = 5.0  # seconds between two lines
+PATIENCE = 1.0  # seconds before a bar of bytes appears
+Move = Callable[[int, str], object]  # move(how many bytes more, what to say beside them)
+
+
+@contextmanager
+def bar_of_bytes(doing: str, total: int, *, quiet: bool = False) -> Iterator[Move]:
+    """A bar of `total` bytes that are read or written, in a terminal, for what takes longer than a second.
+
+    It moves as often as it is told to, and is gone at the end.
+    """
+    if quiet or not _in_terminal():
+        yield lambda count, said: None
+        return
+    with tqdm(
+        total=total, desc=doing, unit="B", unit_scale=True, delay=PATIENCE, miniters=1, leave=False, dynamic_ncols=True
+    ) as bar:
+
+        def move(count: int, said: str) -> None:
+            bar.set_postfix_str(one_line(said), refresh=False)
+            bar.update(count)
+
+        yield move
+
+
+def _in_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 class Progress:
@@ -21,7 +49,7 @@ class Progress:
         self._started = self._said = time.monotonic()
         self._quiet = quiet
         self._bar = None
-        if not quiet and sys.stderr.isatty():
+        if not quiet and _in_terminal():
             self._bar = tqdm(total=total, initial=done, desc="requests", unit="", dynamic_ncols=True)
 
     def show(self, done: int, read: int, made: int) -> None:

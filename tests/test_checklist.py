@@ -19,15 +19,13 @@ def write(folder: Path, **files: bytes) -> str:
     return text
 
 
-def test_whole_files_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whole_files_pass(tmp_path: Path) -> None:
     text = write(tmp_path, a=b"1" * 10**6, b=b"")
     assert verify(tmp_path) == 2
-    assert "verifying" in capsys.readouterr().err
     (tmp_path / "checklist.chk").write_text(
         "\n" + text.replace("  ", " *").upper().replace("A\n", "a\n").replace("B\n", "b\n")
     )
     assert verify(tmp_path, progress=False) == 2
-    assert capsys.readouterr().err == ""
 
 
 def test_every_fault_is_named(tmp_path: Path) -> None:

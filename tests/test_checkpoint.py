@@ -434,7 +434,7 @@ def test_too_little_memory_is_known_before_anything_is_allocated(
         with pytest.raises(DeviceError) as error:
             build(max_seq_len=128, max_batch_size=20)
     said = str(error.value)
-    assert said.startswith("not enough memory on cpu: weights ") and memory.gigabytes(free) in said
+    assert said.startswith("not enough memory on cpu: weights ") and memory.in_units(free) in said
     batch, length = re.search(r"max_batch_size=(\d+) at max_seq_len=128 or max_seq_len=(\d+) at", said).groups()
     assert (int(batch), int(length)) == (10, 64) and "max_seq_len × max_batch_size up to 1280 fits" in said
     build(max_seq_len=128, max_batch_size=10)
@@ -543,11 +543,8 @@ def checked(tmp_path: Path, small: dict, weights: dict) -> Path:
     return folder
 
 
-def test_verify_accepts_an_intact_checkpoint(
-    build: Callable[..., Llama], checked: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_verify_accepts_an_intact_checkpoint(build: Callable[..., Llama], checked: Path) -> None:
     build(checked, verify=True)
-    assert "verifying" in capfd.readouterr().err  # a progress bar
 
 
 @pytest.mark.parametrize("name", ["consolidated.00.pth", "consolidated.01.pth", "params.json"])

@@ -37,7 +37,7 @@ def test_sizes_in_the_message_fit_and_one_more_does_not() -> None:
     with pytest.raises(DeviceError) as error:
         check_fits(needed, 1500 + 10 * 64 - 1, 16, 4, CPU)
     message = str(error.value)
-    assert message.startswith("not enough memory on cpu: weights 0.00 GB + KV cache 0.00 GB + workspace 0.00 GB")
+    assert message.startswith("not enough memory on cpu: weights 1.00 kB + KV cache 640 bytes + workspace 500 bytes")
     total = int(re.search(r"max_seq_len × max_batch_size up to (\d+)", message)[1])
     batch = int(re.search(r"max_batch_size=(\d+) at max_seq_len=16", message)[1])
     length = int(re.search(r"max_seq_len=(\d+) at max_batch_size=4", message)[1])
