@@ -14,7 +14,7 @@ from llama.errors import LlamaError, ParameterError, PromptError
 from llama.flags import MODEL, SAMPLING, sampling_params
 from llama.gate import json_line, one_line, say, show
 from llama.paths import FilePath, check_writable, expanded
-from llama.shell import is_main, run
+from llama.shell import is_main, run, without_stderr
 from llama.terminal import show_completions
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def chat(
         show_prompt: show the exact prompt of each turn and its tokens, on stderr.
         quiet: nothing on stderr but errors.
     """
+    _import_libraries(quiet)
     from llama.chat_session import check_terminal, talk
 
     if is_main():
@@ -153,7 +154,7 @@ def score(
     llama = _build(model, AT_ONCE, quiet)
     total = Total()
     if is_main() and not json:
-        print(heading())
+        show(heading())
     for result in scores(llama, lines, kind, top_logprobs):
         total.add(result)
         if is_main():
@@ -177,10 +178,11 @@ def info(
         json: print one JSON object.
         quiet: nothing on stderr but errors.
     """
-    from llama import checkpoint_info
-
     if not is_main():
         return  # torchrun's other processes have no part in it
+    _import_libraries(quiet)
+    from llama import checkpoint_info
+
     found = checkpoint_info.describe(_folder(ckpt_dir, quiet), max_seq_len, max_batch_size)
     print(json_line(found) if json else checkpoint_info.text(found))
 
@@ -212,10 +214,11 @@ def reshard(ckpt_dir: FilePath, out: FilePath, *, model_parallel_size: int, quie
         model_parallel_size: how many shards to write.
         quiet: nothing on stderr but errors.
     """
-    from llama.checkpoint_writer import reshard
-
     if not is_main():
         return  # torchrun's other processes have no part in it
+    _import_libraries(quiet)
+    from llama.checkpoint_writer import reshard
+
     written = reshard(Path(ckpt_dir), Path(out), model_parallel_size, progress=not quiet)
     print(one_line(f"{out}: {len(written)} shards written"))
 
@@ -231,10 +234,11 @@ def quantize(ckpt_dir: FilePath, out: FilePath, *, quantize: str, quiet: bool = 
         quantize: int8 or int4.
         quiet: nothing on stderr but errors.
     """
-    from llama import checkpoint_writer
-
     if not is_main():
         return  # torchrun's other processes have no part in it
+    _import_libraries(quiet)
+    from llama import checkpoint_writer
+
     written = checkpoint_writer.quantize(Path(ckpt_dir), Path(out), quantize, progress=not quiet)
     print(one_line(f"{out}: {len(written)} shard{'s' if len(written) > 1 else ''} written in {quantize}"))
 
@@ -306,14 +310,29 @@ def _folder(ckpt_dir: str | None, quiet: bool) -> Path:
 
 def _build(model: dict[str, Any], at_once: int, quiet: bool) -> "Llama":
     """Build what the flags of a command say; a batch size that was not said is `at_once`."""
-    with _silenced(quiet):
-        from llama import Llama
+    _import_libraries(quiet)
+    from llama import Llama
 
+    with _silenced(quiet):
         paths = checkpoint_paths(model["ckpt_dir"], model.get("tokenizer_path"))
         options = {name: value for name, value in model.items() if name not in ("ckpt_dir", "tokenizer_path")}
         if options.get("max_batch_size") is None:
             options["max_batch_size"] = at_once
         return Llama.build(*paths, **options)
+
+
+def _import_libraries(quiet: bool) -> None:
+    """Import torch and all that is built on it; where `quiet`, without what native libraries say by themselves.
+
+    GNU's OpenMP, for one, speaks of each of its variables that it cannot read, in every library that brings it along.
+    """
+    with without_stderr() if quiet else contextlib.nullcontext():
+        import sentencepiece  # noqa: F401
+
+        import llama.generation  # noqa: F401
+        from llama.kernels.library import load
+
+        load()
 
 
 @contextlib.contextmanager

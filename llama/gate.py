@@ -4,6 +4,7 @@ Names in files, keys and values, ids, file names, what a model writes and what a
 escape sequences that move the cursor, hide text or type for the user. A text that is data stays exact in a pipe.
 """
 
+import contextlib
 import json
 import sys
 from typing import Any
@@ -39,6 +40,7 @@ def show(text: str, end: str = "\n") -> None:
 
 
 def say(line: str) -> None:
-    """Print one line for the person who runs this, on stderr; where stderr is closed, that is silent."""
+    """Print one line for the person who runs this, on stderr; where nothing can be written there, that is silent."""
     if sys.stderr is not None:
-        print(one_line(line), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(one_line(line), file=sys.stderr, flush=True)

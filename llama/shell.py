@@ -1,9 +1,12 @@
 """One run of a command from a shell: its streams, its words, its help, its errors and its exit code."""
 
+import contextlib
 import io
 import os
+import re
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import fire
@@ -30,18 +33,27 @@ def wait_briefly() -> None:
         os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
+def check_cores() -> None:
+    """Raise ParameterError for a list of cores in which GNU's OpenMP, loaded with torch, would search for ever."""
+    cores = os.environ.get("GOMP_CPU_AFFINITY", "")
+    if not re.fullmatch(r"[0-9\s,:+-]*", cores, re.ASCII):
+        raise ParameterError(f"GOMP_CPU_AFFINITY={cores!r} is not a list of cores such as 0-3,8: mend it, or unset it")
+
+
 def run(commands: Command | dict[str, Command]) -> None:
     """Run one command, or that of a table which the first word names, with the words of the shell.
 
     An error of the user's is one line and exit code 2.
     """
     wait_briefly()
+    _open_closed_streams()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="strict" if stream is sys.stdin else "backslashreplace")
     name = Path(sys.argv[0]).name if callable(commands) else "llama"
     warnings.showwarning = lambda message, *_: say(f"{name}: {message}")  # a library's, which may quote a file
     try:
+        _check_output()
         _call(commands, sys.argv[1:], name)
         print(end="", flush=True)  # a pipe that is closed or a disk that is full is still ours to report
     except LlamaError as error:
@@ -56,6 +68,37 @@ def run(commands: Command | dict[str, Command]) -> None:
         _leave_group()
         raise
     _leave_group()
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null in the place of standard input and stderr where they are closed: no input, and silence.
+
+    Else files that are opened later would get their numbers, and what libraries write to stderr would go into one.
+    """
+    for name, mode in (("stdin", "r"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)  # by compilers, say, which this process may start
+            setattr(sys, name, stream)
+
+
+@contextlib.contextmanager
+def without_stderr() -> Iterator[None]:
+    """Nothing reaches stderr meanwhile, not even what a native library writes there by itself."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _check_output() -> None:
+    """Raise LlamaError where standard output is closed: whatever a command did, its result would be lost."""
+    if sys.stdout is None:
+        raise LlamaError("standard output is closed: send it to a file, a pipe or /dev/null")
 
 
 def _system_error(error: OSError | UnicodeEncodeError, name: str) -> int:
@@ -87,6 +130,7 @@ def _call_one(command: Command, given: list[str], name: str) -> None:
     if read is None:
         print(page(command, name))
     else:
+        check_cores()
         fire.Fire(parsed_as_typed(command), command=read, name=name)
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
-
 from llama.errors import PromptError, TokenizerError
 from llama.paths import expanded
 
@@ -18,6 +16,8 @@ class Tokenizer:
 
     def __init__(self, model_path: str) -> None:
         """Raises TokenizerError that says what the file is, where it is not a SentencePiece model."""
+        from sentencepiece import SentencePieceProcessor  # here: who only names the type needs no native library
+
         path = Path(expanded(model_path, "tokenizer_path"))
         data = _read(path)
         try:

@@ -102,6 +102,26 @@ def test_a_shell_can_complete_words(ends: Callable[..., Ended], commands: shell.
     assert "__fish_using_command" in ends(commands, "--", "--completion", "fish")[1]
 
 
+@pytest.mark.parametrize("cores", ["abc", "0,abc", "1x", "1;2", "\u0663"])
+def test_a_list_of_cores_that_hangs_a_library_is_refused(
+    ends: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, cores: str
+) -> None:
+    """libgomp never comes back from it; help needs no libgomp."""
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", cores)
+    code, out, err = ends(TABLE, "wave")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("llama: GOMP_CPU_AFFINITY=") and err.endswith("such as 0-3,8: mend it, or unset it\n")
+    assert ends(TABLE, "wave", "--help")[0] is None
+
+
+@pytest.mark.parametrize("cores", ["", "0", "0-3", "0-10:2 11", "0, 1\t2"])
+def test_other_lists_of_cores_are_not_ours_to_judge(
+    ends: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, cores: str
+) -> None:
+    monkeypatch.setenv("GOMP_CPU_AFFINITY", cores)
+    assert ends(TABLE, "wave") == (None, "you, \n", "")
+
+
 def test_a_command_that_exits_takes_leave_of_the_other_processes(
     ends: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
