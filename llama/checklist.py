@@ -1,14 +1,19 @@
 """`checklist.chk`: the MD5 sums that Meta ships with a checkpoint, one "sum  file name" a line (md5sum's format)."""
 
 import hashlib
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from llama.errors import CheckpointError
+from llama.paths import read
 from llama.progress import Move, bar_of_bytes
 
 CHUNK = 1 << 22  # bytes hashed between two moves of the progress bar
 PAGE, PAGES = 4096, 1024  # a fingerprint reads at most so many pages of a file
+_MOST_BYTES = 1 << 20  # of the file; Meta's has a few hundred
+_SUM = re.compile("[0-9a-fA-F]{32}")
 
 
 def read_checklist(folder: Path) -> dict[str, str]:
@@ -16,13 +21,17 @@ def read_checklist(folder: Path) -> dict[str, str]:
     path = folder / "checklist.chk"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, so nothing can be verified: download it, or build without verify")
+    try:
+        text = read(path, _MOST_BYTES).decode("utf-8-sig", errors="replace")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     sums = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words:
             continue
         name = words[-1].removeprefix("*")
-        if len(words) != 2 or len(words[0]) != 32 or Path(name).name != name:
+        if len(words) != 2 or not _SUM.fullmatch(words[0]) or Path(name).name != name:
             raise CheckpointError(f"{path} line {number} is not 'md5  file name': download the file again")
         sums[name] = words[0].lower()
     if not sums:
@@ -41,8 +50,8 @@ def verify(folder: Path, *, progress: bool = True) -> int:
     Raises CheckpointError that names every file that is missing or differs.
     """
     sums = read_checklist(folder)
-    faults = [f"{name} is missing" for name in sums if not (folder / name).is_file()]
-    present = [name for name in sums if (folder / name).is_file()]
+    present = [name for name in sums if os.path.isfile(folder / name)]  # of a damaged name Path.is_file may raise
+    faults = [f"{name} is missing" for name in sums if name not in present]
     total = sum((folder / name).stat().st_size for name in present)
     with bar_of_bytes("verifying", total, quiet=not progress) as move:
         for name in present:

@@ -6,7 +6,7 @@ import mmap
 import pickle
 import re
 import sys
-import zipfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from llama.kernels.quantized import LANES, can_pack, pack, pack_rows, pack_scale
 from llama.model import ModelArgs, Transformer
 from llama.parallel import choose_dtype, model_parallel_rank, model_parallel_size, rank
 from llama.params_file import read_params
+from llama.paths import opened
 from llama.progress import bar_of_bytes
+from llama.pth_file import check_archive, plain_tensors
 from llama.resharding import either, plan, possible_sizes, split_axis
 from llama.weight_format import FORMATS, check_groups, format_of, quantized_shapes, scales_of
 
@@ -71,8 +73,11 @@ def open_shard(path: Path) -> dict[str, Tensor]:
     Raises CheckpointError that says what the file is instead.
     """
     _check_file(path)
+    records = check_archive(path)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         reason = re.search(r"GLOBAL (\w+)([\w.]*)", str(error))
         named = f" ({OFFERED_BY.get(reason[1], reason[1])}{reason[2]})" if reason else ""
@@ -81,17 +86,13 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # a damaged table of contents can raise anything
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as a PyTorch file ({first}): download it again") from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
-    ):
-        raise CheckpointError(f"{path} does not hold a flat table of named tensors, as Meta's files do")
-    return tensors
+        raise CheckpointError(f"{path} cannot be read as a PyTorch file ({first:.200}): download it again") from None
+    return plain_tensors(tensors, records, path)
 
 
 def _check_file(path: Path) -> None:
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             head = file.read(64)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
@@ -110,8 +111,6 @@ def _check_file(path: Path) -> None:
                 " refused unread; if you trust it, save it again with torch.save"
             )
         raise CheckpointError(f"{path} ({size} bytes) is not a PyTorch file: it begins with {head[:8]!r}; {again}")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} ends early ({size} bytes, its table of contents is missing): {again}")
 
 
 def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -137,16 +136,26 @@ def stored_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 def check_tensors(shards: list[dict[str, Tensor]], args: ModelArgs, folder: Path) -> None:
     """Raise CheckpointError listing what is missing, unexpected, or of a wrong shape or dtype in any shard."""
+    for number, tensors in enumerate(shards):
+        if args.n_layers > len(tensors):  # before anything grows with it
+            raise CheckpointError(
+                f"{folder / 'params.json'} sets n_layers={args.n_layers}, but consolidated.{number:02d}.pth has only"
+                f" {len(tensors)} tensors: one of them is of another model"
+            )
     expected = stored_shapes(args)
     for number, tensors in enumerate(shards):
         faults = [f"{name} is missing" for name in expected if name not in tensors]
-        faults += [f"{name} is unexpected" for name in tensors if name not in expected and name not in IGNORED]
+        faults += [f"{name!r:.100} is unexpected" for name in tensors if name not in expected and name not in IGNORED]
         for name, whole in expected.items():
             if name not in tensors:
                 continue
             shape, found = shard_shape(name, whole, len(shards)), tuple(tensors[name].shape)
             if found != shape:
-                faults.append(f"{name} has shape {found} where params.json and {len(shards)} shards make it {shape}")
+                faults.append(
+                    f"{name} has shape {found!s:.100} where params.json and {len(shards)} shards make it {shape}"
+                )
+            elif (axis := split_axis(name)) is not None and whole[axis] % len(shards):
+                faults.append(f"{name} has {whole[axis]} rows or columns, which {len(shards)} shards cannot share")
             elif fault := _wrong_dtype(name, tensors[name].dtype, args.quantize):
                 faults.append(f"{name} is {tensors[name].dtype}, not {fault}")
         if faults:

@@ -37,19 +37,19 @@ from llama.checkpoint import (
 from llama.errors import CheckpointError, ParameterError
 from llama.kernels import quantized
 from llama.memory import in_units
-from llama.paths import kind
+from llama.paths import kind, read
 from llama.progress import Move, bar_of_bytes
 from llama.weight_format import FORMATS, check_format, check_groups, format_of
 
 MOST_SHARDS = 100  # consolidated.00.pth … consolidated.99.pth
 COPIED = ("params.json", "tokenizer.model")
+_MOST_BYTES = 1 << 26  # of each of them
 NEW = "choose a folder that is new or empty"
 ALIGNMENT = 64  # of a tensor's first byte in its file, as torch.save has it
 # The classes that name a dtype in a .pth file.
 STORAGES = {
     torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
+    torch.bfloat16: torch.BFloat16Storage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
 }  # fmt: skip
 # Bytes of a zip record's header without its name: the fixed part, the head of an extra field, the field of long sizes.
 _HEADER, _FIELD, _LONG_SIZES = 30, 4, 20
@@ -183,13 +183,11 @@ def _check_dtypes(shards: list[Tensors], folder: Path) -> None:
                     f"{path} has {name} in {tensor.dtype}, consolidated.00.pth in {shards[0][name].dtype}: these are"
                     " shards of different checkpoints"
                 )
-            if name not in IGNORED and tensor.dtype not in STORAGES:
-                raise CheckpointError(f"{path} has {name} in {tensor.dtype}, which cannot be written: convert it first")
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read(path, _MOST_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 

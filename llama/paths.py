@@ -1,9 +1,10 @@
 """Paths that people name: ~ is the home folder, and what leads to no file is said before anything is opened."""
 
+import errno
 import os
 import re
 import stat
-from typing import NewType
+from typing import BinaryIO, NewType
 
 from llama.errors import ParameterError
 
@@ -42,6 +43,23 @@ def _is_open_stream(path: str | os.PathLike[str]) -> bool:
         if not os.path.islink(path):
             return False
         path = os.path.join(folder, os.readlink(path))
+
+
+def opened(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file, open for reading. Raises OSError for a pipe or a device too, which might never begin, or never end."""
+    found = kind(path)
+    if found in ("a pipe", "a socket", "a device"):
+        raise OSError(errno.EINVAL, f"it is {found}, not a file")
+    return open(path, "rb")
+
+
+def read(path: str | os.PathLike[str], most: int) -> bytes:
+    """All bytes of a file that has at most so many, read as `opened` opens it. Raises OSError."""
+    with opened(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes")
+    return data
 
 
 def check_writable(path: str, do: str = "name a file") -> None:

@@ -1,14 +1,21 @@
 """Text ↔ tokens with SentencePiece, and tokens → text while they are being made."""
 
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama.errors import PromptError, TokenizerError
-from llama.paths import expanded
+from llama.paths import expanded, read
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 REPLACEMENT = "\ufffd"  # what it makes of a byte that is not UTF-8
-UNKNOWN = " \u2047 "  # what it makes of the unknown token
+_MOST_BYTES = 1 << 26  # of the file; Llama-2's has half a million
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
@@ -22,7 +29,7 @@ class Tokenizer:
         data = _read(path)
         try:
             self.sp_model = SentencePieceProcessor(model_proto=data)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the latter: its own message quotes what is damaged
             raise TokenizerError(
                 f"tokenizer {path} ({len(data)} bytes) is not a SentencePiece model: get Llama-2's tokenizer.model"
             ) from None
@@ -33,6 +40,8 @@ class Tokenizer:
         self.pad_id: int = self.sp_model.pad_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise TokenizerError(f"tokenizer {path} has no begin or end token: get Llama-2's tokenizer.model")
+        if fault := _damage(self.sp_model):
+            raise TokenizerError(f"tokenizer {path} is damaged, {fault}: download it again")
         space = self.sp_model.piece_to_id(SPACE)
         # Decoding drops a first space where encoding adds one ("dummy prefix"), and all first spaces where encoding
         # removes them: ask the model, do not assume it.
@@ -95,9 +104,31 @@ class Tokenizer:
         if model.is_control(token):
             return ""
         if model.is_unknown(token):
-            return UNKNOWN
+            return model.decode([token])
         piece = model.id_to_piece(token)
         return int(piece[3:-1], 16) if model.is_byte(token) else piece
+
+
+def _damage(model: "SentencePieceProcessor") -> str | None:
+    """What is wrong with a piece, before a text meets it. Takes milliseconds: the model is asked for all at once."""
+    tokens = list(range(model.vocab_size()))
+    try:
+        pieces = model.id_to_piece(tokens)
+        model.decode(tokens)
+    except UnicodeDecodeError:
+        return "a piece of it is not UTF-8"
+    is_byte, is_control = model.is_byte(tokens), model.is_control(tokens)
+    for token, score in enumerate(model.get_score(tokens)):
+        if not math.isfinite(score):
+            return f"the score of token {token} is {score}"
+        if is_byte[token] and not _BYTE.fullmatch(pieces[token]):
+            return f"token {token} stands for a byte, but is {pieces[token]!r:.60}"
+    texts = [token for token in tokens if not (is_byte[token] or is_control[token])]
+    texts += [token for token in texts if pieces[token] == SPACE]  # at the end, where some would drop it
+    spelled = "".join(model.decode([token]) if model.is_unknown(token) else pieces[token] for token in texts)
+    if model.decode(texts).lstrip(" ") != spelled.replace(SPACE, " ").lstrip(" "):
+        return "its tokens are decoded to other texts than their pieces"
+    return None
 
 
 def _read(path: Path) -> bytes:
@@ -105,7 +136,7 @@ def _read(path: Path) -> bytes:
     if path.is_dir():
         raise TokenizerError(f"tokenizer {path} is a folder: tokenizer_path is the tokenizer.model file itself")
     try:
-        data = path.read_bytes()
+        data = read(path, _MOST_BYTES)
     except FileNotFoundError:
         raise TokenizerError(f"tokenizer {path} does not exist: check tokenizer_path") from None
     except OSError as error:

@@ -44,6 +44,7 @@ def test_every_fault_is_named(tmp_path: Path) -> None:
         ("abc  a\n", "line 1 is not"),
         ("\n" + "0" * 32 + "  ../a\n", "line 2 is not"),
         ("0" * 32 + "  a b\n", "line 1 is not"),
+        ("x" * 32 + "  a\n", "line 1 is not"),
     ],
 )
 def test_wrong_checklists_are_named(tmp_path: Path, text: str | None, said: str) -> None:
@@ -52,3 +53,18 @@ def test_wrong_checklists_are_named(tmp_path: Path, text: str | None, said: str)
         (tmp_path / "checklist.chk").write_text(text)
     with pytest.raises(CheckpointError, match=said):
         read_checklist(tmp_path)
+
+
+def test_a_damaged_name_is_a_missing_file(tmp_path: Path) -> None:
+    """Longer than any file's may be, or with a byte that none may have."""
+    (tmp_path / "checklist.chk").write_bytes(f"{'0' * 32}  {'a' * 999}\n{'0' * 32}  a\0b\n{'0' * 32}  \udcffc\n".encode(
+        errors="surrogateescape"
+    ))  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"a+ is missing, a.+b is missing, \ufffdc is missing"):
+        verify(tmp_path, progress=False)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    text = write(tmp_path, a=b"one")
+    (tmp_path / "checklist.chk").write_text(text, encoding="utf-8-sig")
+    assert verify(tmp_path, progress=False) == 1

@@ -151,15 +151,15 @@ def test_every_tensor_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     del weights["layers.1.attention.wk.weight"]
     weights["layers.0.attention.wq.bias"] = torch.zeros(64)
     weights["norm.weight"] = torch.ones(63)
-    weights["layers.0.ffn_norm.weight"] = torch.ones(64, dtype=torch.int64)
+    weights["layers.0.ffn_norm.weight"] = torch.ones(64, dtype=torch.int8)
     with pytest.raises(CheckpointError) as error:
         load_folder(save(tmp_path, SMALL, weights))
     said = str(error.value)
     assert f"{tmp_path}/consolidated.00.pth does not fit params.json" in said
     assert "layers.1.attention.wk.weight is missing" in said
-    assert "layers.0.attention.wq.bias is unexpected" in said
+    assert "'layers.0.attention.wq.bias' is unexpected" in said
     assert "norm.weight has shape (63,) where params.json and 1 shards make it (64,)" in said
-    assert "layers.0.ffn_norm.weight is torch.int64, not a floating-point tensor" in said
+    assert "layers.0.ffn_norm.weight is torch.int8, not a floating-point tensor" in said
 
 
 def test_a_long_list_of_faults_is_cut_and_counted(tmp_path: Path) -> None:
@@ -168,12 +168,34 @@ def test_a_long_list_of_faults_is_cut_and_counted(tmp_path: Path) -> None:
         load_folder(save(tmp_path, {**SMALL, "n_layers": 3}, random_weights(SMALL)))
 
 
+def test_layers_that_no_file_holds_are_not_listed_one_by_one(tmp_path: Path) -> None:
+    """A number of layers beyond that of all tensors is refused before anything grows with it."""
+    with pytest.raises(
+        CheckpointError, match=r"sets n_layers=2147483647, but consolidated\.00\.pth has only 21 tensors"
+    ):
+        load_folder(save(tmp_path, {**SMALL, "n_layers": 2147483647}, random_weights({**SMALL, "n_layers": 2})))
+
+
 def test_the_shard_that_does_not_fit_is_the_one_named(tmp_path: Path) -> None:
     """A file of another checkpoint among the shards."""
     folder = save(tmp_path / "two", SMALL, random_weights(SMALL), 2)
     other = save(tmp_path / "four", SMALL, random_weights(SMALL), 4)
     (other / "consolidated.01.pth").replace(folder / "consolidated.01.pth")
     with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth does not fit.*2 shards make it \(512, 32\)"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize("sizes", [{"vocab_size": 511}, {"multiple_of": 171}])
+def test_what_shards_cannot_share_is_said(tmp_path: Path, sizes: dict) -> None:
+    """Each shard has half of it, rounded down: a row or column lies in none."""
+    params = {**SMALL, **sizes}
+    even = {**SMALL, **{name: value - 1 for name, value in sizes.items()}}
+    folder = save(tmp_path, even, random_weights(even), 2)
+    for path in folder.glob("*.pth"):  # what every shard has whole is of the odd size
+        whole = random_weights(params)
+        torch.save({**torch.load(path), "tok_embeddings.weight": whole["tok_embeddings.weight"][:, :32].clone()}, path)
+    (folder / "params.json").write_text(repr(params).replace("'", '"'))
+    with pytest.raises(CheckpointError, match=r"has (511|171) rows or columns, which 2 shards cannot share"):
         load_folder(folder)
 
 

@@ -9,9 +9,9 @@ from conftest import ROOT
 
 ORDER = (
     "__main__", "cli", "chat_session", "chat_commands", "conversation", "showcase", "scoring", "batch", "replicas",
-    "batch_output", "batch_file", "openai_batch", "terminal", "token_view", "generation", "loading",
-    "output", "engine", "decode_loop", "beam_search", "scheduler", "checkpoint_writer", "checkpoint_info", "checkpoint",
-    "memory", "params_file", "compiled", "model", "linear", "sampling", "kernels", "quantization", "weight_format",
+    "batch_output", "batch_file", "openai_batch", "terminal", "token_view", "generation", "loading", "output", "engine",
+    "decode_loop", "beam_search", "scheduler", "checkpoint_writer", "checkpoint_info", "checkpoint", "memory",
+    "params_file", "pth_file", "compiled", "model", "linear", "sampling", "kernels", "quantization", "weight_format",
     "attention", "flash_attention", "kv_cache", "step", "checklist", "progress", "shell", "help_page", "flags",
     "command_line", "resharding", "chat", "tokenizer", "request", "parallel", "paths", "errors", "gate",
 )  # fmt: skip

@@ -40,6 +40,7 @@ def test_hidden_dims_are_those_of_7b_13b_70b_and_are_not_rounded_twice(sizes: di
 def test_harmless_keys_are_named(tmp_path: Path) -> None:
     _, ignored = read_params(write(tmp_path, max_seq_len=99, name="x", use_scaled_rope=False, moe=None))
     assert ignored == ["max_seq_len", "name", "use_scaled_rope", "moe"]
+    assert read_params(write(tmp_path, **{"x" * 9999: 0}))[1] == ["x" * 60]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,16 @@ def test_harmless_keys_are_named(tmp_path: Path) -> None:
         ({"multiple_of": None}, "sets multiple_of=None"),
         ({"n_heads": 7}, "does not split into n_heads=7 heads of even size"),
         ({"n_heads": 64}, "does not split into n_heads=64 heads of even size"),
+        ({"dim": 10**400}, "expected a positive integer, at most 2147483647"),
+        ({"n_layers": 10**19}, "sets n_layers=10000000000000000000: expected a positive integer, at most 2147483647"),
+        ({"ffn_dim_multiplier": 1e308}, "sets ffn_dim_multiplier=1e+308: expected a positive number, at most 1e+38"),
+        ({"norm_eps": 10**400}, "expected a positive number"),
+        ({"rope_theta": [1]}, "sets rope_theta=[…]: expected a positive number"),
+        ({"quantize": []}, "sets quantize=[…]: expected int8 or int4"),
+        ({"quantize": {}}, "sets quantize={…}: expected int8 or int4"),
+        ({"quantize": 0}, "sets quantize=0: expected int8 or int4"),
+        ({"moe": {"experts": 8}}, "sets moe={…}, which Llama-2 does not have"),
+        ({"moe": "x" * 10**5}, 'sets moe="xxx'),
         ({"n_kv_heads": 3}, "n_heads=8 is not a multiple of n_kv_heads=3"),
     ],
 )
@@ -73,13 +84,34 @@ def test_what_cannot_be_followed_is_refused_by_name(tmp_path: Path, changes: dic
     ("text", "said"),
     [
         (None, "is missing"), ("{", "is not JSON"), ("<html>", "is not JSON"), ("[1]", "holds a JSON list"),
-        ('{"dim": 64}', "lacks n_layers, n_heads"), ("\udcff", "is not JSON"),
+        ('{"dim": 64}', "lacks n_layers, n_heads"), ("\udcff", "is not JSON, which is text in UTF-8"),
+        ('{"dim": 64, "dim": 32}', "is not JSON ('dim' stands in it twice)"),
+        ('{"dim": ' + "9" * 5000 + "}", "params.json"), ('{"dim": 1e400}', "lacks n_layers"),
+        ("[" * 10**5, "is not JSON (maximum recursion depth"), ("[" * (1 << 20) + "]", "has more than 1048576 bytes"),
     ],
 )  # fmt: skip
 def test_what_is_no_params_file_is_named(tmp_path: Path, text: str | None, said: str) -> None:
     if text is not None:
         (tmp_path / "params.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError) as error:
+        read_params(tmp_path)
+    assert said in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("depth", range(100, 2000, 100))
+def test_a_value_may_be_nested_as_deep_as_it_will(tmp_path: Path, depth: int) -> None:
+    """Where it can be read, it may still be too deep to be written in the error."""
+    for key in ("dim", "other"):
+        (tmp_path / "params.json").write_text(json.dumps(GOOD)[:-1] + f', "{key}": {"[" * depth}1{"]" * depth}}}')
+        with pytest.raises(CheckpointError, match=r"sets other|stands in it twice|maximum recursion"):
+            read_params(tmp_path)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    assert read_params(tmp_path)[0].dim == 64
+    (tmp_path / "params.json").write_text(json.dumps(GOOD), encoding="utf-16")
+    with pytest.raises(CheckpointError, match="is not JSON, which is text in UTF-8: save it so"):
         read_params(tmp_path)
 
 

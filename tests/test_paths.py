@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 from conftest import DEMO
 
 from llama import Llama, Tokenizer, cli
+from llama.checkpoint_writer import reshard
 from llama.command_line import is_path, words
-from llama.errors import ParameterError
-from llama.paths import check_writable, expanded, kind
+from llama.errors import LlamaError, ParameterError
+from llama.paths import check_writable, expanded, kind, read
 
 PATHS = {"ckpt_dir", "tokenizer_path", "html", "file", "output", "out"}
 FLAGS = [
@@ -176,3 +178,40 @@ def test_every_command_asks_first(
     out, err = capfd.readouterr()
     assert ended.value.code == 2 and out == "" and err.startswith(f"llama: {path} ") and err.count("\n") == 1
     assert sorted(places.rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero"])
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "params.json", "tokenizer.model"])
+def test_what_never_ends_or_never_begins_is_not_read(tmp_path: Path, name: str, place: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    (folder / name).unlink()
+    os.mkfifo(tmp_path / "pipe")
+    (folder / name).symlink_to(tmp_path / place)
+    with pytest.raises(LlamaError, match=rf"{name} cannot be read: it is a (pipe|device), not a file"):
+        Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 1, device="cpu")
+    with pytest.raises(LlamaError, match=rf"{name} cannot be read: it is a (pipe|device), not a file"):
+        reshard(folder, tmp_path / "out", 2, progress=False)
+
+
+def test_no_more_is_read_than_a_file_may_have(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"four")
+    assert read(path, 4) == b"four"
+    with pytest.raises(OSError, match="it has more than 3 bytes"):
+        read(path, 3)
+    os.truncate(path, 1 << 27)  # of nothing
+    with pytest.raises(LlamaError, match=r"tokenizer .* cannot be read: it has more than 67108864 bytes"):
+        Tokenizer(str(path))
+
+
+def test_an_open_stream_is_read() -> None:
+    """As a shell's <(…) gives one."""
+    there, here = os.pipe()
+    os.write(here, b"text")
+    os.close(here)
+    assert read(f"/dev/fd/{there}", 9) == b"text"
+    os.close(there)

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from conftest import DEMO
+from damage import fields, piece, setting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama.errors import PromptError, TokenizerError
-from llama.tokenizer import StreamDecoder, Tokenizer
+from llama.tokenizer import SPACE, StreamDecoder, Tokenizer
 
 DEMO_TOKENIZER = Tokenizer(str(DEMO / "tokenizer.model"))
 BYTES_FROM = 3  # the byte tokens follow <unk>, <s>, </s>
@@ -167,6 +168,46 @@ def test_a_piece_by_itself_is_its_text_or_its_name() -> None:
 def test_a_model_without_an_end_token_is_refused(train: Callable[..., Tokenizer]) -> None:
     with pytest.raises(TokenizerError, match=r"has no begin or end token: get Llama-2's tokenizer\.model"):
         train("endless", eos_id=-1)
+
+
+@pytest.mark.parametrize(
+    ("token", "changed", "said"),
+    [
+        (700, piece(b"\xff", 0, 1), "a piece of it is not UTF-8"),
+        (700, piece(b"\xe2\x96", 0, 1), "a piece of it is not UTF-8"),  # half a character
+        (0, piece(b"<\xff>", 0, 2), "a piece of it is not UTF-8"),
+        (700, piece(b"\xed\xa0\x80", 0, 4), "a piece of it is not UTF-8"),  # half a surrogate pair
+        (700, piece(b"abcdef", float("nan"), 1), "the score of token 700 is nan"),
+        (700, piece(b"abcdef", float("-inf"), 1), "the score of token 700 is -inf"),
+        (68, piece(b"<0x0041>", 0, 6), "token 68 stands for a byte, but is '<0x0041>'"),
+    ],
+)
+def test_a_damaged_piece_is_found_when_the_file_is_opened(
+    tmp_path: Path, token: int, changed: bytes, said: str
+) -> None:
+    """Not when a text is decoded in which it stands. SentencePiece may refuse it by itself."""
+    parts = fields((DEMO / "tokenizer.model").read_bytes())
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"".join([*parts[:token], changed, *parts[token + 1 :]]))
+    with pytest.raises(TokenizerError, match=rf"is damaged, {said}: download it again|is not a SentencePiece model"):
+        Tokenizer(str(path))
+
+
+def test_pieces_of_the_demo_written_anew_are_the_same(tmp_path: Path) -> None:
+    """What the table above changes is the reason why it is refused."""
+    path = tmp_path / "tokenizer.model"
+    parts = fields((DEMO / "tokenizer.model").read_bytes())
+    path.write_bytes(b"".join([*parts[:700], piece(b"abcdef", -1, 1), *parts[701:]]))
+    assert Tokenizer(str(path)).piece(700) == "abcdef"
+
+
+def test_the_unknown_token_reads_as_the_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes((DEMO / "tokenizer.model").read_bytes() + setting(2, 44, b"<?>"))
+    check_joins(Tokenizer(str(path)), [0, 700, 0, 0, 1])
+    path.write_bytes((DEMO / "tokenizer.model").read_bytes() + setting(2, 44, SPACE.encode()))
+    with pytest.raises(TokenizerError, match="is damaged, its tokens are decoded to other texts than their pieces"):
+        Tokenizer(str(path))
 
 
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
