@@ -1,12 +1,14 @@
 """Text and tokens: pieces and streams join to exactly what SentencePiece decodes; wrong files are named."""
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import DEMO
+from conftest import DEMO, ROOT
 from damage import fields, piece, setting
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,6 +201,33 @@ def test_pieces_of_the_demo_written_anew_are_the_same(tmp_path: Path) -> None:
     parts = fields((DEMO / "tokenizer.model").read_bytes())
     path.write_bytes(b"".join([*parts[:700], piece(b"abcdef", -1, 1), *parts[701:]]))
     assert Tokenizer(str(path)).piece(700) == "abcdef"
+
+
+CRASH_TEST = """
+import random, sys
+from llama.errors import TokenizerError
+from llama.tokenizer import Tokenizer
+data = open(sys.argv[1], "rb").read()
+for seed in range(20):
+    r, damaged = random.Random(seed), bytearray(data)
+    for _ in range(1000):
+        damaged[r.randrange(len(data) // 2, len(data) - 100)] ^= 1 << r.randrange(8)
+    open(sys.argv[1], "wb").write(damaged)
+    try:
+        tokenizer = Tokenizer(sys.argv[1])
+        for _ in range(50):
+            tokenizer.encode("".join(chr(r.randrange(32, 0xD800)) for _ in range(30)), bos=True, eos=False)
+    except TokenizerError:
+        pass
+"""
+
+
+def test_a_damaged_normaliser_crashes_nothing(train: Callable[..., Tokenizer]) -> None:
+    """Most of a file that normalises characters is a table for native code; the demo's and Meta's have none."""
+    path = train("normalising").model_path
+    assert path.stat().st_size > 200_000
+    done = subprocess.run([sys.executable, "-c", CRASH_TEST, str(path)], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_unknown_token_reads_as_the_file_says(tmp_path: Path) -> None:
