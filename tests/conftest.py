@@ -1,6 +1,8 @@
 """What many tests share: the demo checkpoint's paths, a random checkpoint, and builders of `Llama`."""
 
+import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported by anyone
 
 from checkpoints import SMALL, random_weights, save  # noqa: E402
+from near_ties import refuse_near_ties  # noqa: E402
 
 from llama import Llama  # noqa: E402
 from llama.tokenizer import Tokenizer  # noqa: E402
@@ -71,5 +74,17 @@ def build(ckpt_dir: Path) -> Callable[..., Llama]:
 
 @pytest.fixture(scope="session")
 def demo() -> Llama:
-    """The demo checkpoint in float32 on the CPU, where results do not depend on what shares a batch."""
-    return Llama.build(str(DEMO), str(DEMO / "tokenizer.model"), 512, 8, device="cpu", dtype="float32")
+    """The demo checkpoint in float32 on the CPU: what shares a batch moves its logits, but no choice of a token."""
+    llama = Llama.build(str(DEMO), str(DEMO / "tokenizer.model"), 512, 8, device="cpu", dtype="float32")
+    refuse_near_ties(llama)
+    return llama
+
+
+@pytest.fixture(scope="session")
+def demo_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint converted: in bfloat16 the order of a sum often decides between two tokens."""
+    weights = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
+    params = json.loads((DEMO / "params.json").read_text())
+    folder = tmp_path_factory.mktemp("demo")
+    shutil.copy(DEMO / "tokenizer.model", folder)
+    return save(folder, params, {name: tensor.float() for name, tensor in weights.items()})

@@ -381,4 +381,4 @@ def test_writing_takes_the_memory_of_a_few_tensors(tmp_path: Path, shards: int, 
     small = save(tmp_path / "small", SMALL, random_weights(SMALL))
     arguments = [str(small), str(tmp_path / "in"), str(tmp_path / "out"), str(processes)]
     done = subprocess.run([sys.executable, "-c", WRITE, *arguments], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 40e6
+    assert int(done.stdout) < 60e6

@@ -11,6 +11,7 @@ import torch
 from emulation import flash_kernel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from near_ties import assert_agree, logits_of
 from test_engine import is_clean, prompts_of
 
 from llama import Llama, SamplingParams, parallel
@@ -114,14 +115,19 @@ def test_answers_are_those_of_the_plain_engine(
     prompts = prompts_of([length for length, _ in requests], small["vocab_size"], seed)
     params = [own for _, own in requests]
     options = {"max_batch_size": 3, "max_step_tokens": 16, "max_seq_len": 64}
-    expected = build(**options).generate(prompts, params=params)
+    plain = build(**options)
+    expected = plain.generate(prompts, params=params)
     llama = looped(**options)
     tokens, logprobs = llama.generate(prompts, params=params)
-    assert tokens == expected[0]
+    samples = [(prompt, own) for prompt, own in zip(prompts, params, strict=True) for _ in range(own.n)]
+    # Each difference must be a near-tie; that there are few of them cannot be asked of a single token.
+    agreed = assert_agree(
+        tokens, expected[0], [p for p, _ in samples], logits_of(plain), [p for _, p in samples], at_least=0
+    )
     assert is_clean(llama.engine)
     if logprobs:
-        for own, other in zip(logprobs, expected[1], strict=True):
-            assert own == pytest.approx(other, abs=1e-4)
+        for n, own, other in zip(agreed, logprobs, expected[1], strict=True):
+            assert own[:n] == pytest.approx(other[:n], abs=1e-4)
 
 
 def test_the_host_is_one_step_behind(looped: Callable[..., Llama], small: dict) -> None:
@@ -150,7 +156,8 @@ def test_what_was_computed_past_an_end_is_dropped(looped: Callable[..., Llama], 
         *[SamplingParams(temperature=0, max_gen_len=12)] * 2,
     ]
     found = llama.generate(prompts, params=params)[0]
-    assert found == [rows[0][: rows[0].index(stop)], rows[1], rows[2]]
+    expected = [rows[0][: rows[0].index(stop)], rows[1], rows[2]]
+    assert_agree(found, expected, prompts, logits_of(plain), params)
     assert llama.engine.computed_tokens == sum(map(len, prompts)) + sum(map(len, found)) - 2  # two lack their last
     assert is_clean(llama.engine)
 
@@ -180,10 +187,11 @@ def test_steps_whose_tokens_the_host_chooses_are_captured_too(
     llama = looped(max_batch_size=5)
     found = llama.generate(prompts, params=params)
     assert set(llama.engine.loop._steps) == {(4, Choice.HOSTS)} and len(llama.engine.loop.captured) == 1
-    expected = build(max_batch_size=5).generate(prompts, params=params)
-    assert found[0] == expected[0]
+    plain = build(max_batch_size=5)
+    expected = plain.generate(prompts, params=params)
+    agreed = assert_agree(found[0], expected[0], prompts, logits_of(plain), params)
     if found[1]:
-        assert found[1][0] == pytest.approx(expected[1][0], abs=1e-4)
+        assert found[1][0][: agreed[0]] == pytest.approx(expected[1][0][: agreed[0]], abs=1e-4)
 
 
 def test_captured_work_reads_and_writes_only_its_buffers(looped: Callable[..., Llama], small: dict) -> None:
@@ -208,7 +216,8 @@ def test_padding_changes_no_row(looped: Callable[..., Llama], small: dict) -> No
     assert (4, Choice.BEST) in llama.engine.loop._steps
     for slot in (3, 4):
         assert all((tensor[:, slot] == 7).all() for tensor in (*llama.engine.cache.keys, *llama.engine.cache.values))
-    assert together == [looped().generate([prompt], params=params)[0][0] for prompt in prompts]
+    alone = [looped().generate([prompt], params=params)[0][0] for prompt in prompts]
+    assert_agree(together, alone, prompts, logits_of(llama))
 
 
 def test_padding_keeps_the_tokens_of_what_it_repeats() -> None:
@@ -267,7 +276,7 @@ def test_ctrl_c_while_a_step_is_ahead_loses_nothing(
         except KeyboardInterrupt:
             interrupted += 1
     assert interrupted > 2
-    assert [request.tokens for request in requests] == expected
+    assert_agree([request.tokens for request in requests], expected, prompts, logits_of(build()), params)
 
 
 def test_requests_that_are_cancelled_or_come_while_a_step_is_ahead(
@@ -276,7 +285,8 @@ def test_requests_that_are_cancelled_or_come_while_a_step_is_ahead(
     """The one who leaves gets nothing more, the one who comes gets the slot, and what others get does not change."""
     prompts = prompts_of([5, 9, 7, 11], small["vocab_size"])
     greedy = SamplingParams(temperature=0, max_gen_len=14)
-    expected = build().generate(prompts, params=greedy)[0]
+    plain = build()
+    expected = plain.generate(prompts, params=greedy)[0]
     engine: Engine = looped(max_batch_size=2).engine
     requests = [Request(prompt, greedy, 3, frozenset({2})) for prompt in prompts]
     engine.add(requests[0])
@@ -290,8 +300,8 @@ def test_requests_that_are_cancelled_or_come_while_a_step_is_ahead(
     engine.add(requests[3])
     while not engine.idle:
         engine.step()
-    assert requests[0].tokens == expected[0][:seen]
-    assert [r.tokens for r in requests[1:]] == expected[1:]
+    found = [request.tokens for request in requests]
+    assert_agree(found, [expected[0][:seen], *expected[1:]], prompts, logits_of(plain))
     engine.forget()
     assert engine._ahead is None and is_clean(engine)
 
@@ -311,7 +321,8 @@ def test_logits_that_are_not_finite_end_their_own_request(looped: Callable[..., 
     engine.cache.values[0][:, requests[1] and engine._sequences[requests[1]].slot] = torch.nan
     while not engine.idle:
         engine.step()
-    assert requests[0].tokens == expected and requests[0].finish_reason == "length"
+    assert_agree([requests[0].tokens], [expected], [good], logits_of(llama))
+    assert requests[0].finish_reason == "length"
     assert isinstance(requests[1].error, NumericalError) and len(requests[1].tokens) < 12
 
 
