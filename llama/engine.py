@@ -210,7 +210,7 @@ class Engine:
             return []
         except StopIteration:
             self.finish(request, request.finish_reason or "length")
-        except NumericalError as error:
+        except (NumericalError, ParameterError) as error:  # its own; one of the processes is everybody's
             self.finish(request, "error", error)
         except BaseException:
             self.finish(request, "cancelled")
