@@ -115,6 +115,8 @@ def refuse_near_ties(llama: Llama) -> None:
 def _is_clear(row: Tensor, request: Request) -> bool:
     """Whether a request's next token is the same however its logits (V,) are rounded."""
     params = request.params
+    if row.amax() == -torch.inf:  # no token is allowed, however its logits are rounded
+        return True
     if params.temperature == 0:
         first, second = row.topk(2).values.tolist()
         return first - second > CLEAR

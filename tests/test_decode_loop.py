@@ -402,7 +402,8 @@ def test_graphs_are_dropped_before_processes_part(
     llama.engine.loop.captured.clear()
     del looped().engine.loop  # one that is gone is not asked
     parted = []
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(parallel.fairscale_groups, "destroy_model_parallel", lambda: None)
     monkeypatch.setattr(
         parallel.dist, "destroy_process_group", lambda: parted.append([graph() is None for graph in recorded])
     )

@@ -121,7 +121,7 @@ def test_small_mistakes_of_a_model_are_found(
         expected, said = right.generate(PROMPTS, params=params)
         found, wrongly_said = other.generate(PROMPTS, params=params)
         assert assert_agree(expected, expected, PROMPTS, logits, params) == [20, 20, 20]
-        with pytest.raises(AssertionError, match="more than rounding|were compared"):
+        with pytest.raises(AssertionError, match=r"more than rounding|were compared"):
             assert_agree(found, expected, PROMPTS, logits, params, tolerance)
         if params is GREEDY_20:
             assert_follows(expected, said, PROMPTS, logits, 20, tolerance)
