@@ -116,7 +116,7 @@ def attention(q: Tensor, cache: KVCache, layer: int, plan: AttentionPlan) -> Ten
         queries = q[span.rows].view(span.n, n_kv_heads, n_heads // n_kv_heads, head_dim)
         if span.n == 1:
             heads = scaled_dot_product_attention(queries, keys[None], values[None])  # (1, K, H/K, D)
-            out[span.rows] = heads.view(1, n_heads, head_dim)
+            out[span.rows] = heads.reshape(1, n_heads, head_dim)  # of strides that depend on SDPA's kernel
             continue
         queries = queries.permute(1, 2, 0, 3)  # (K, H/K, n, D)
         shape = (*queries.shape[:2], span.length, head_dim)

@@ -345,7 +345,11 @@ def test_none_means_left_out(demo: Llama) -> None:
     )
 
 
-@pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor, lambda t: list(map(np.int32, t))], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [list, tuple, np.array, torch.tensor, lambda t: list(map(np.int32, t))],
+    ids=["list", "tuple", "array", "tensor", "NumPy's integers"],
+)
 def test_prompts_of_tokens_are_lists_arrays_or_tensors(demo: Llama, form: Callable) -> None:
     tokens = demo.tokenizer.encode("Once upon", bos=True, eos=False)
     assert demo.generate([form(tokens)], 5, 0) == demo.generate([tokens], 5, 0)
