@@ -52,7 +52,6 @@ KINDS = {"bf16": {}, "int8": {"quantize": "int8"}, "int4": {"quantize": "int4"},
 MOST_ERROR = {"bf16": 0.02, "int8": 0.03, "int4": 0.03, "fp8 cache": 0.1}  # of logits; int8 and int4: as dequantised
 STEPS = 32  # that are timed, three times over
 WARM = 16  # before them: graphs are captured in these
-PEER_SECONDS = 200  # for transformers' decoding: sizes that come later are left out
 GOALS = {("bf16", 1): 0.9, ("bf16", 32): 0.75, ("int8", 1): 0.8, ("int4", 1): 0.7}  # of the limit, by batch
 PREFILL_GOAL, REQUESTS_GOAL = 0.7, 3  # of the limit; times transformers' tokens/s
 Size = tuple[int, int]  # batch, context
@@ -152,13 +151,15 @@ def as_held(name: str, weight: torch.Tensor, quantize: str | None) -> torch.Tens
 
 
 def chunks_and_singles(llama: Llama) -> tuple[torch.Tensor, list[int]]:
-    """The logits (6, vocab) of a prompt's last token and 5 after it, and all the tokens; beside another sequence."""
-    tokens = torch.randint(3, 1024, (105,), generator=torch.Generator().manual_seed(0)).tolist()
+    """The logits (9, vocab) of a prompt's last token and 8 after it, and all the tokens; 5 beside another sequence."""
+    tokens = torch.randint(3, 1024, (108,), generator=torch.Generator().manual_seed(0)).tolist()
     model, cache, device = llama.model, llama.engine.cache, llama.model.device
     model(Step.pack([(2, 0, tokens[:60]), (0, 0, tokens[:7])], [], device), cache)
     rows = [model(Step.pack([(2, 60, tokens[60:100]), (0, 7, [5])], [39], device), cache)[0]]
     for at in range(100, 105):
         rows.append(model(Step.pack([(2, at, [tokens[at]]), (0, at - 92, [5])], [0, 1], device), cache)[0])
+    for at in range(105, 108):
+        rows.append(model(Step.pack([(2, at, [tokens[at]])], [0], device), cache)[0])
     return torch.stack(rows).cpu(), tokens
 
 
@@ -166,15 +167,17 @@ def graphs_agree(llama: Llama) -> str:
     """Whether steps from CUDA graphs give the tokens and the cache that the same steps give without; bit by bit."""
     if llama.engine.loop is None:
         return "no graphs here"
-    found = []
-    for capture in (llama.engine.loop._capture, as_it_is):
-        engine = Engine(llama.model, 4, 256, 64)
-        engine.loop._capture = capture
-        tokens = [r.tokens for r in run(engine, [([7] * n, 60, 0.8) for n in (5, 9, 70)])]
-        found.append((tokens, [t[:, :3, :64].contiguous().view(torch.uint8) for t in engine.cache.keys]))
-    (tokens, keys), (other_tokens, other_keys) = found
-    same = tokens == other_tokens and all(a.equal(b) for a, b in zip(keys, other_keys, strict=True))
-    assert same, "a CUDA graph computes something else"
+    for lengths in ((5, 9, 70), (7,)):
+        found = []
+        for capture in (llama.engine.loop._capture, as_it_is):
+            engine = Engine(llama.model, 4, 256, 64)
+            engine.loop._capture = capture
+            tokens = [r.tokens for r in run(engine, [([7] * n, 60, 0.8) for n in lengths])]
+            held = [t[:, : len(lengths), :64].contiguous().view(torch.uint8) for t in engine.cache.keys]
+            found.append((tokens, held))
+        (tokens, keys), (other_tokens, other_keys) = found
+        same = tokens == other_tokens and all(a.equal(b) for a, b in zip(keys, other_keys, strict=True))
+        assert same, "a CUDA graph computes something else"
     return "equal"
 
 
@@ -319,7 +322,7 @@ def measure_requests(model: Transformer, sizes: Sizes) -> float:
     """New tokens/s of all requests."""
     wanted = wanted_requests(sizes)
     engine = Engine(model, sizes.slots, 2 * sizes.lengths[1], memory.STEP_TOKENS)
-    run(engine, wanted[: sizes.slots])  # what is captured and compiled once
+    run(engine, [(prompt, min(new, 40), t) for prompt, new, t in wanted[: sizes.slots]])  # compiled and captured once
     engine.forget()
     wait(model.device)
     begun = time.perf_counter()
@@ -397,14 +400,17 @@ class Peer:
         return seconds(self.device, lambda: self.generate([random_prompt(prompt, 0)], 1), 5)
 
     def requests(self, sizes: Sizes) -> float:
-        """New tokens/s that were wanted, in batches of as many slots as ours, all of one shape, compiled before."""
+        """New tokens/s that were wanted, in batches of as many slots as ours: of which one is run, for all are alike.
+
+        Each is padded to the longest prompt and runs to the longest answer; it is compiled before.
+        """
         wanted = wanted_requests(sizes)
-        batches = [[p for p, *_ in wanted[first : first + sizes.slots]] for first in range(0, len(wanted), sizes.slots)]
-        self.generate(batches[0], 4, 2 * sizes.lengths[1] - 4)
+        batch, longest = [prompt for prompt, *_ in wanted[: sizes.slots]], sizes.lengths[1]
+        self.generate(batch, 4, 2 * longest - 4)
         begun = time.perf_counter()
-        for batch in batches:
-            self.generate(batch, sizes.lengths[1], sizes.lengths[1])
-        return sum(new for _, new, _ in wanted) / (time.perf_counter() - begun)
+        self.generate(batch, longest, longest)
+        batches = -(-len(wanted) // sizes.slots)
+        return sum(new for _, new, _ in wanted) / (time.perf_counter() - begun) / batches
 
 
 # ------------------------------------------------------------------------------------------------- the command
@@ -420,8 +426,8 @@ class Found:
 
 
 @torch.inference_mode()
-def main(tiny: bool = False, peers: bool = True) -> None:
-    """Check, measure, print; without `peers` only this runner."""
+def main(tiny: bool = False, peers: bool = True, minutes: float = 7.5) -> None:
+    """Check, measure, print; without `peers` only this runner. After so many minutes no new size of theirs is begun."""
     begun = time.perf_counter()
     if not tiny and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: --tiny tries this script on a CPU")
@@ -445,7 +451,7 @@ def main(tiny: bool = False, peers: bool = True) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if peers:
-        beside(sizes, device, ours)
+        beside(sizes, device, ours, begun + 60 * minutes)
     print(f"({time.perf_counter() - begun:.0f} s)")
 
 
@@ -461,27 +467,28 @@ def show_rest(model: Transformer, rates: Rates, sizes: Sizes, ours: Found) -> No
     print(f"{sizes.requests} requests, {sizes.slots} at once: {said}\n", flush=True)
 
 
-def beside(sizes: Sizes, device: torch.device, ours: Found) -> None:
+def beside(sizes: Sizes, device: torch.device, ours: Found, end: float) -> None:
     """What transformers reaches, and our multiple of it."""
     try:
         peer = Peer(sizes.shape, device)
     except ImportError:
         print("transformers is not installed: left out", file=sys.stderr)
         return
-    begun, rows = time.perf_counter(), []
-    for (batch, context), speed in ours.decode.items():
-        if speed and time.perf_counter() - begun < PEER_SECONDS:
-            theirs = peer.decode(batch, context)
-            rows.append([str(batch), str(context), f"{theirs:.0f}", f"{speed[0] / theirs:.2f}"])
-        else:
-            rows.append([str(batch), str(context), "no time" if speed else "does not fit", ""])
-    print("transformers, bf16, decode\n")
-    print(table(["batch", "context", "tokens/s", "ours ×"], rows), "\n", flush=True)
+    print("transformers, bf16\n")
     taken = peer.first_token(sizes.prompt)
     print(f"first token of {sizes.prompt}: {taken * 1e3:.1f} ms; ours {taken / ours.first_token:.2f} ×\n", flush=True)
     theirs = peer.requests(sizes)
     multiple = f"ours {ours.requests / theirs:.2f} × (goal {REQUESTS_GOAL})"
-    print(f"{sizes.requests} requests: {theirs:.0f} new tokens/s; {multiple}\n")
+    print(f"{sizes.requests} requests: {theirs:.0f} new tokens/s; {multiple}\n", flush=True)
+    rows = []
+    for (batch, context), speed in ours.decode.items():
+        if speed and time.perf_counter() < end:
+            theirs = peer.decode(batch, context)
+            rows.append([str(batch), str(context), f"{theirs:.0f}", f"{speed[0] / theirs:.2f}"])
+            print(f"decode of {batch} at {context}: {theirs:.0f} tokens/s", file=sys.stderr, flush=True)
+        else:
+            rows.append([str(batch), str(context), "no time" if speed else "does not fit", ""])
+    print(table(["batch", "context", "tokens/s", "ours ×"], rows), "\n", flush=True)
 
 
 if __name__ == "__main__":

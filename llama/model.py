@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llama.attention import AttentionPlan, attention, plan
 from llama.kernels.layers import DecodeStep, can_run
+from llama.kernels.library import gpu_step
 from llama.kernels.small import add_norm, gate, turn_and_store
 from llama.kv_cache import KVCache
 from llama.linear import column_parallel, parallel_embedding, row_parallel
@@ -182,6 +183,8 @@ class Transformer(nn.Module):
         together = step.decodes and model_parallel_size() == 1 and not self.compiled
         if together and can_run(len(step.spans), self, cache):
             return self._decode(step, cache)
+        if together and (gpu := gpu_step(len(step.tokens), self, cache)):
+            return gpu.run(self, step, cache)
         turns = self.rope[step.positions][:, None]
         inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), turns, plan(step, cache))
         x = self.tok_embeddings(step.tokens)

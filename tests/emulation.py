@@ -78,7 +78,7 @@ def gpu_path(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("the kernels are not interpreted where there is a GPU")
     monkeypatch.setattr(library, "load", lambda: (None, "not on CUDA"))
-    for module in (attention, quantized, small):
+    for module in (attention, library, quantized, small):
         monkeypatch.setattr(module, "gpu_kernels", lambda x: gpu)
     monkeypatch.setattr(attention, "load_gpu", lambda device: gpu)
     monkeypatch.setattr(sampling, "gpu_sampling", lambda device: importlib.import_module("llama.kernels.gpu_sampling"))

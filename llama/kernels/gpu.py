@@ -1,4 +1,4 @@
-"""Kernels for CUDA, in Triton: products of few rows with quantised weights, attention of single queries, small things.
+"""Kernels for CUDA, in Triton: products of few rows with quantised weights, and the small operations of a layer.
 
 A decode step waits for memory: each kernel reads what it needs once, and does all that can be done with it. Letters in
 shapes as in model.py; C inputs and R outputs of a matrix.
@@ -11,12 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.kernels.gpu_attention import attend as attend
+
 MOST_ROWS = 64  # of a product: for more, dequantised weights and PyTorch's product are faster
-_INPUTS = {8: 512, 16: 256, 32: 128, 64: 128}  # at a time, by rows of x: what of them fits
+# Outputs and inputs of a program at a time, warps, stages of the loop: by whether weights have four bits, and by rows.
+TILES = {
+    False: {8: (64, 256, 4, 3), 16: (64, 128, 2, 3), 32: (64, 128, 2, 3), 64: (128, 128, 4, 3)},
+    True: {8: (64, 256, 4, 3), 16: (64, 128, 2, 3), 32: (128, 64, 4, 4), 64: (128, 128, 4, 3)},
+}
+WARPS = 1056  # that a product should have: 8 a multiprocessor of Hopper's
 GROUP = tl.constexpr(32)  # inputs that share a scale: weight_format's
-SPLIT = 256  # positions of a sequence that one program attends to
-BLOCK = 64  # of them at a time
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 # ------------------------------------------------------------------------------------------------- quantised products
@@ -116,10 +120,10 @@ def _numbers(q, scale, like, EACH: tl.constexpr, FOUR_BITS: tl.constexpr):
 
 @triton.jit
 def _product_kernel(
-    x, weight, scales, y, n, inputs, outputs, held, groups,
+    x, weight, scales, y, n, inputs, outputs, held, groups, part,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, FOUR_BITS: tl.constexpr,
 ):  # fmt: skip
-    """y (n, R) for OUTPUTS of the outputs: INPUTS of the inputs at a time, dequantised and multiplied."""
+    """y (parts, n, R) for OUTPUTS outputs and a part of the groups: INPUTS at a time, dequantised and multiplied."""
     out, row = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
     there, rows_there = out[:, None] < outputs, row[None, :] < n
     total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
@@ -130,8 +134,10 @@ def _product_kernel(
     s = scales + out[:, None].to(tl.int64) * groups + group[None, :]
     # A byte of four bits holds input j of its group in the low half, and j + 16 in the high.
     column = x + row[None, :].to(tl.int64) * inputs + (byte // EACH * GROUP + byte % EACH)[:, None]
-    for first in range(0, groups, INPUTS // GROUP):
-        inside, inside_group = byte < (groups - first) * EACH, group < groups - first
+    begin = tl.program_id(1) * part
+    end = tl.minimum(begin + part, groups)
+    for first in range(begin, end, INPUTS // GROUP):
+        inside, inside_group = byte < (end - first) * EACH, group < end - first
         q = tl.load(w + first * EACH, mask=there & inside[None, :], other=0)
         scale = tl.load(s + first, mask=there & inside_group[None, :], other=0.0)
         low_x = tl.load(column + first * GROUP, mask=rows_there & inside[:, None], other=0.0)
@@ -140,24 +146,42 @@ def _product_kernel(
         if FOUR_BITS:
             high_x = tl.load(column + first * GROUP + EACH, mask=rows_there & inside[:, None], other=0.0)
             total = tl.dot(high, high_x, total)
-    at = y + row[None, :].to(tl.int64) * outputs + out[:, None]
+    at = y + (tl.program_id(1) * n + row[None, :]).to(tl.int64) * outputs + out[:, None]
     tl.store(at, total.to(y.dtype.element_ty), mask=there & rows_there)
+
+
+@triton.jit
+def _add_kernel(parts, y, size, PARTS: tl.constexpr, WIDE: tl.constexpr):
+    """The sum of the parts of a product."""
+    i = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    total = tl.load(parts + i, mask=i < size, other=0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(parts + part * size + i, mask=i < size, other=0)
+    tl.store(y + i, total.to(y.dtype.element_ty), mask=i < size)
 
 
 def product(x: Tensor, weight: Tensor, scales: Tensor, outputs: int) -> Tensor:
     """x (n, C) · W (R, C)ᵀ → (n, R), in 16 bits, from int8 (R, C) or int4 (R, C / 2) and scales (R, C / 32).
 
-    For n up to MOST_ROWS. A program has one warp, 16 outputs and all of x: the warps of a larger one would all unpack
-    the same weights.
+    For n up to MOST_ROWS. A matrix of few outputs is also split along its inputs, so that every core has warps enough;
+    the order of the sums depends on nothing but the sizes.
     """
     x = x.contiguous()
-    n, inputs = x.shape
-    rows, outs, four_bits = max(8, triton.next_power_of_2(n)), 16, weight.dtype == torch.uint8
+    (n, inputs), groups = x.shape, scales.shape[1]
+    rows, four_bits = max(8, triton.next_power_of_2(n)), weight.dtype == torch.uint8
+    outs, wide, warps, stages = TILES[four_bits][rows]
+    programs, step = triton.cdiv(outputs, outs), wide // GROUP.value
+    part = triton.cdiv(groups * programs * warps, max(WARPS, programs * warps))  # groups of a part
+    part = min(triton.cdiv(part, step) * step, groups)
+    parts = triton.cdiv(groups, part)
     y = torch.empty((n, outputs), dtype=x.dtype, device=x.device)
-    _product_kernel[(triton.cdiv(outputs, outs),)](
-        x, weight, scales, y, n, inputs, outputs, weight.shape[1], scales.shape[1], ROWS=rows, OUTPUTS=outs,
-        INPUTS=_INPUTS[rows], FOUR_BITS=four_bits, num_warps=1, num_stages=4 if four_bits and rows == 8 else 3,
+    to = y if parts == 1 else torch.empty((parts, n, outputs), dtype=torch.float32, device=x.device)
+    _product_kernel[(programs, parts)](
+        x, weight, scales, to, n, inputs, outputs, weight.shape[1], groups, part, ROWS=rows, OUTPUTS=outs, INPUTS=wide,
+        FOUR_BITS=four_bits, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    if parts > 1:
+        _add_kernel[(triton.cdiv(y.numel(), 1024),)](to, y, y.numel(), PARTS=parts, WIDE=1024, num_warps=4)
     return y
 
 
@@ -191,96 +215,6 @@ def dequantize(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         FOUR_BITS=four_bits, num_warps=4,
     )  # fmt: skip
     return to
-
-
-# ------------------------------------------------------------------------------------------------- attention
-
-
-@triton.jit
-def _attend_kernel(
-    q, keys, values, slots, positions, parts, weights, n_heads, stride, max_seq_len, scale,
-    SHARED: tl.constexpr, PADDED: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One sequence, a kv head with the SHARED query heads that share it, SPLIT positions: their sum, and its weight."""
-    sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(positions + sequence) + 1
-    first = part * SPLIT
-    if first < length:
-        head, i = tl.arange(0, PADDED), tl.arange(0, WIDE)
-        heads_there, wide = head < SHARED, i < HEAD_DIM
-        query = (sequence * n_heads + kv_head * SHARED + head).to(tl.int64)
-        own = tl.load(q + query[:, None] * HEAD_DIM + i[None, :], mask=heads_there[:, None] & wide[None, :], other=0)
-        base = kv_head.to(tl.int64) * stride + tl.load(slots + sequence) * max_seq_len * HEAD_DIM
-        largest = tl.full((PADDED,), float("-inf"), dtype=tl.float32)
-        mass = tl.zeros((PADDED,), dtype=tl.float32)
-        total = tl.zeros((PADDED, WIDE), dtype=tl.float32)
-        for start in range(first, tl.minimum(first + SPLIT, length), BLOCK):
-            position = start + tl.arange(0, BLOCK)
-            seen = position < length
-            at = base + position[:, None].to(tl.int64) * HEAD_DIM + i[None, :]
-            mask = seen[:, None] & wide[None, :]
-            k = tl.load(keys + at, mask=mask, other=0.0).to(own.dtype)
-            scores = tl.dot(own, tl.trans(k)) * scale
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            now = tl.maximum(largest, tl.max(scores, axis=1))
-            shrink, each = tl.exp2(largest - now), tl.exp2(scores - now[:, None])
-            v = tl.load(values + at, mask=mask, other=0.0).to(own.dtype)
-            mass = mass * shrink + tl.sum(each, axis=1)
-            total = total * shrink[:, None] + tl.dot(each.to(own.dtype), v)
-            largest = now
-        row = query * tl.num_programs(2) + part
-        tl.store(
-            parts + row[:, None] * HEAD_DIM + i[None, :],
-            total / mass[:, None],
-            mask=heads_there[:, None] & wide[None, :],
-        )
-        tl.store(weights + row, largest + tl.log2(mass), mask=heads_there)
-
-
-@triton.jit
-def _join_kernel(
-    parts, weights, positions, out, n_heads, n_parts,
-    HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """One query head: the sums of its parts, added by their weights."""
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    used = (tl.load(positions + sequence) + SPLIT) // SPLIT
-    part, i = tl.arange(0, MOST), tl.arange(0, WIDE)
-    there, wide = part < used, i < HEAD_DIM
-    query = (sequence * n_heads + head).to(tl.int64)
-    weight = tl.load(weights + query * n_parts + part, mask=there, other=float("-inf"))
-    weight = tl.exp2(weight - tl.max(weight, axis=0))
-    at = parts + (query * n_parts + part[:, None]) * HEAD_DIM + i[None, :]
-    each = tl.load(at, mask=there[:, None] & wide[None, :], other=0)
-    total = tl.sum(each * weight[:, None], axis=0) / tl.sum(weight, axis=0)
-    tl.store(out + query * HEAD_DIM + i, total.to(out.dtype.element_ty), mask=wide)
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-    """Attention of single queries: q (N, H, D), of sequences in slots (N,) at positions (N,), which they see too.
-
-    Keys and values (K, S, P, D) are a layer's cache, of q's dtype or float8. Long sequences are split between programs,
-    as many as the longest may need (https://arxiv.org/abs/2311.01282), so that nothing depends on lengths that only
-    the device knows.
-    """
-    q = q.contiguous()
-    (n, n_heads, head_dim), (n_kv_heads, _, max_seq_len, _) = q.shape, keys.shape
-    n_parts, shared = triton.cdiv(max_seq_len, SPLIT), n_heads // n_kv_heads
-    wide = max(16, triton.next_power_of_2(head_dim))
-    parts = torch.empty((n, n_heads, n_parts, head_dim), dtype=torch.float32, device=q.device)
-    weights = torch.empty((n, n_heads, n_parts), dtype=torch.float32, device=q.device)
-    _attend_kernel[(n, n_kv_heads, n_parts)](
-        q, keys, values, slots, positions, parts, weights, n_heads, keys.stride(0), max_seq_len,
-        head_dim**-0.5 * LOG2_E.value, SHARED=shared, PADDED=max(16, triton.next_power_of_2(shared)), HEAD_DIM=head_dim,
-        WIDE=wide, SPLIT=SPLIT, BLOCK=BLOCK, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    out = torch.empty_like(q)
-    _join_kernel[(n, n_heads)](
-        parts, weights, positions, out, n_heads, n_parts, HEAD_DIM=head_dim, WIDE=wide,
-        MOST=triton.next_power_of_2(n_parts), SPLIT=SPLIT, num_warps=4,
-    )  # fmt: skip
-    return out
 
 
 # ------------------------------------------------------------------------------------------------- small operations
@@ -337,33 +271,33 @@ def gate(both: Tensor) -> Tensor:
 @triton.jit
 def _turn_kernel(
     heads, turns, q, keys, values, rows, n_heads, n_kv_heads, stride, most,
-    HALF: tl.constexpr, WIDE: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token: turned, unless it is a value; to the queries or to the cache."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    pair = tl.arange(0, WIDE)
-    there = pair < HALF
-    at = heads + (token * (n_heads + 2 * n_kv_heads) + head) * 2 * HALF + 2 * pair
-    a, b = tl.load(at, mask=there, other=0).to(tl.float32), tl.load(at + 1, mask=there, other=0).to(tl.float32)
-    if head < n_heads + n_kv_heads:
-        c = tl.load(turns + token * 2 * HALF + 2 * pair, mask=there, other=0)
-        s = tl.load(turns + token * 2 * HALF + 2 * pair + 1, mask=there, other=0)
-        a, b = a * c - b * s, a * s + b * c
-    if head < n_heads:
-        _store_pairs(q + (token * n_heads + head) * 2 * HALF + 2 * pair, a, b, there)
-    else:
-        a, b = tl.clamp(a, -most, most), tl.clamp(b, -most, most)
-        place = tl.load(rows + token) * 2 * HALF + 2 * pair
-        if head < n_heads + n_kv_heads:
-            _store_pairs(keys + (head - n_heads).to(tl.int64) * stride + place, a, b, there)
-        else:
-            _store_pairs(values + (head - n_heads - n_kv_heads).to(tl.int64) * stride + place, a, b, there)
-
-
-@triton.jit
-def _store_pairs(to, a, b, there):
-    tl.store(to, a.to(to.dtype.element_ty), mask=there)
-    tl.store(to + 1, b.to(to.dtype.element_ty), mask=there)
+    """HEADS heads of one token: turned, those that are not values; to the queries or to the cache."""
+    token, head, i = (
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1) * HEADS + tl.arange(0, HEADS),
+        tl.arange(0, 2 * WIDE),
+    )
+    n, pair = n_heads + 2 * n_kv_heads, tl.arange(0, WIDE)
+    head, wide = head[:, None], i[None, :] < 2 * HALF
+    number = tl.load(heads + (token * n + head) * 2 * HALF + i[None, :], mask=wide & (head < n), other=0)
+    a, b = tl.split(tl.reshape(number.to(tl.float32), (HEADS, WIDE, 2)))
+    turn, there = turns + (token * 2 * HALF + 2 * pair)[None, :], pair[None, :] < HALF
+    c, s = tl.load(turn, mask=there, other=0), tl.load(turn + 1, mask=there, other=0)
+    turned = head < n_heads + n_kv_heads
+    first, second = tl.where(turned, a * c - b * s, a), tl.where(turned, a * s + b * c, b)
+    number = tl.reshape(tl.join(first, second), (HEADS, 2 * WIDE))
+    at = (token * n_heads + head) * 2 * HALF + i[None, :]
+    tl.store(q + at, number.to(q.dtype.element_ty), mask=wide & (head < n_heads))
+    number, key, value = (
+        tl.clamp(number, -most, most).to(keys.dtype.element_ty),
+        head - n_heads,
+        head - n_heads - n_kv_heads,
+    )
+    place = tl.load(rows + token) * 2 * HALF + i[None, :]
+    tl.store(keys + key.to(tl.int64) * stride + place, number, mask=wide & (key >= 0) & (value < 0))
+    tl.store(values + value.to(tl.int64) * stride + place, number, mask=wide & (value >= 0) & (head < n))
 
 
 def turn_and_store(heads: Tensor, turns: Tensor, keys: Tensor, values: Tensor, rows: Tensor, n_heads: int) -> Tensor:
@@ -371,8 +305,8 @@ def turn_and_store(heads: Tensor, turns: Tensor, keys: Tensor, values: Tensor, r
     heads, turns, n_kv_heads = heads.contiguous(), turns.contiguous(), keys.shape[0]
     n, _, head_dim = heads.shape
     q = torch.empty((n, n_heads, head_dim), dtype=heads.dtype, device=heads.device)
-    _turn_kernel[(n, n_heads + 2 * n_kv_heads)](
+    _turn_kernel[(n, triton.cdiv(n_heads + 2 * n_kv_heads, 8))](
         heads, turns, q, keys, values, rows, n_heads, n_kv_heads, keys.stride(0), torch.finfo(keys.dtype).max,
-        HALF=head_dim // 2, WIDE=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        HEADS=8, HALF=head_dim // 2, WIDE=triton.next_power_of_2(head_dim // 2), num_warps=4,
     )  # fmt: skip
     return q

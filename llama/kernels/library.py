@@ -5,6 +5,7 @@ import functools
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,15 @@ def gpu_kernels(x: Tensor) -> ModuleType | None:
     if x.device.type != "cuda" or x.dtype not in _HALF or torch.compiler.is_compiling():
         return None
     return load_gpu(x.device)
+
+
+def gpu_step(rows: int, model: Any, cache: Any) -> ModuleType | None:
+    """gpu_step.py, where it can compute a decode step of so many rows."""
+    if gpu_kernels(cache.keys[0].new_empty(0, dtype=model.dtype)) is None:
+        return None
+    from llama.kernels import gpu_step
+
+    return gpu_step if gpu_step.can_run(rows, model, cache) else None
 
 
 def gpu_sampling(device: torch.device) -> ModuleType | None:
