@@ -203,7 +203,7 @@ def _run_block(llama: "Llama", lines: list[Line]) -> Iterator[tuple[Line, Any]]:
     for line in lines:
         if line.error is not None:
             yield line, None
-    llama.engine.forget()
+    llama.turns.do(llama.engine.forget)
     for index, result in llama.run_each([line.prompt for line in good], [line.params for line in good]):
         yield good[index], result
 

@@ -1,5 +1,6 @@
 """The loop: plan → `Step` → model → sample → tokens to their requests."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama import parallel
 from llama.beam_search import beam_search
 from llama.decode_loop import DecodeLoop, Row, Tokens, can_loop
 from llama.errors import NumericalError, ParameterError, PromptError
+from llama.interrupts import let_through
 from llama.kernels.small import choose
 from llama.model import Transformer
 from llama.request import Completion, FinishReason, Request
@@ -34,7 +37,8 @@ class Engine:
     """Runs any number of requests through `slots` slots of one KV cache, each step packing what can run.
 
     A step has at most `max_step_tokens` tokens: long prompts are prefilled in chunks of what decoding leaves of it.
-    Beam searches run one at a time, when nothing else does: each has all the slots.
+    Beam searches run one at a time, when nothing else does: each has all the slots. What comes after one waits for it.
+    Threads share an engine by way of `Turns`: of itself it is one thread's.
 
     Where there is a `loop` (on CUDA), steps in which all that runs decodes are launched before the one before them is
     read. What is then computed for a sequence that has just ended is dropped.
@@ -116,10 +120,10 @@ class Engine:
             observer(request)
 
     def forget(self) -> None:
-        """Forget the prefixes that the slots hold: what runs next is computed as in a new engine."""
-        assert self.idle
-        self._ahead = None
-        self.scheduler = Scheduler(self.scheduler.slots, self.scheduler.max_step_tokens)
+        """Forget the prefixes that the slots hold, unless in use: what runs next is computed as in a new engine."""
+        if self.idle:
+            self._ahead = None
+            self.scheduler = Scheduler(self.scheduler.slots, self.scheduler.max_step_tokens)
 
     def __iter__(self) -> Iterator[Completion]:
         """Run until nothing is left, yielding each completion when it is finished."""
@@ -130,6 +134,7 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Compute one packed step; return the requests that got a token or ended."""
+        parallel.check_process()
         device = self.model.device  # kernels run where PyTorch is told to be: another model may have told it otherwise
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return self._step()
@@ -137,7 +142,7 @@ class Engine:
     def _step(self) -> list[Request]:
         if self._ahead:
             return self._land()
-        chunks = self.scheduler.plan()
+        chunks = self.scheduler.plan(self._searches[0].added if self._searches else math.inf)
         copies = self.scheduler.copies
         while copies:
             self.cache.copy_prefix(copies[0].source, copies[0].target, copies[0].length)
@@ -146,14 +151,16 @@ class Engine:
             return self._step_search() if self._searches else []
         looped = self.loop and all(chunk.reaches_end and chunk.stop - chunk.start == 1 for chunk in chunks)
         if looped and len(chunks) == len(self.scheduler.running) and all(map(_decides_on_device, chunks)):
-            self.loop.load([_row(chunk) for chunk in chunks])
-            self._ahead = self._launch([chunk.sequence for chunk in chunks], 0)
+            with let_through():
+                self.loop.load([_row(chunk) for chunk in chunks])
+                self._ahead = self._launch([chunk.sequence for chunk in chunks], 0)
             return self._land()
         wanted = [_wanted_rows(chunk) for chunk in chunks]
-        if looped:
-            logits = self.loop.logits([_row(chunk) for chunk in chunks])
-        else:
-            logits = self.model(_pack(chunks, wanted, self.model.device), self.cache)
+        with let_through():
+            if looped:
+                logits = self.loop.logits([_row(chunk) for chunk in chunks])
+            else:
+                logits = self.model(_pack(chunks, wanted, self.model.device), self.cache)
         self.scheduler.commit(chunks)
         self.computed_tokens += sum(chunk.stop - chunk.start for chunk in chunks)
         try:
@@ -175,9 +182,10 @@ class Engine:
         landing, self._ahead = self._ahead, None
         chunks: list[Chunk] = []
         try:
-            if all(map(self._goes_on, landing.sequences)) and not (self.scheduler.waiting and self.scheduler.free):
-                self._ahead = self._launch(landing.sequences, 1)
-            tokens = zip(landing.sequences, landing.tokens(), strict=True)
+            with let_through():
+                if all(map(self._goes_on, landing.sequences)) and not (self.scheduler.waiting and self.scheduler.free):
+                    self._ahead = self._launch(landing.sequences, 1)
+                tokens = zip(landing.sequences, landing.tokens(), strict=True)
             there = [(sequence, token) for sequence, token in tokens if sequence.request in self._sequences]
             chunks = [Chunk(sequence, sequence.cached, sequence.cached + 1) for sequence, _ in there]
             self.scheduler.commit(chunks)
@@ -206,14 +214,16 @@ class Engine:
             slots = self.scheduler.take_all()
             self._search = beam_search(self.model, self.cache, request, slots, self.scheduler.max_step_tokens)
         try:
-            self.computed_tokens += next(self._search)
+            with let_through():
+                self.computed_tokens += next(self._search)
             return []
         except StopIteration:
             self.finish(request, request.finish_reason or "length")
         except (NumericalError, ParameterError) as error:  # its own; one of the processes is everybody's
             self.finish(request, "error", error)
-        except BaseException:
-            self.finish(request, "cancelled")
+        except BaseException:  # Ctrl-C, say: the search begins anew
+            self._search = None
+            self.scheduler.give_back_all()
             raise
         return [request]
 
@@ -262,13 +272,13 @@ class Engine:
         if token in request.stop_tokens:
             self.finish(request, "stop")
             return
-        sequence.tokens.append(token)
-        request.tokens.append(token)
         if request.params.logprobs or request.params.top_logprobs:
             logprobs = torch.log_softmax(logits, dim=-1)
+            tops = top_logprobs(logprobs[None], request.params.top_logprobs) if request.params.top_logprobs else []
             request.logprobs.append(logprobs[token].item())
-            if request.params.top_logprobs:
-                request.top_logprobs += top_logprobs(logprobs[None], request.params.top_logprobs)
+            request.top_logprobs += tops  # all or nothing: where memory is short the step is taken again
+        sequence.tokens.append(token)
+        request.tokens.append(token)
         if len(request.tokens) == request.params.max_gen_len or len(sequence.tokens) == self.max_seq_len:
             self.finish(request, "length")
         elif observer := self._observers.get(request):

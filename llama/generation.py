@@ -2,9 +2,9 @@
 
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from contextlib import closing
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from llama.output import ChatPrediction, CompletionPrediction, Output, Score, re
 from llama.paths import expanded
 from llama.request import MoreSampling, Request, SamplingParams, derive_seed, plain, plain_each
 from llama.tokenizer import Tokenizer
+from llama.turns import Call, Stream, Turns
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class Llama:
-    """A model with its tokenizer, ready to complete text and dialogs."""
+    """A model with its tokenizer, ready to complete text and dialogs, for any number of threads at once."""
 
     @staticmethod
     def build(
@@ -86,7 +87,8 @@ class Llama:
         self.ckpt_dir: Path | None = None  # where `build` loaded it from
         self.seed = parallel.agree(secrets.randbits(63) if seed is None else seed, model.device)
         self.engine = Engine(model, model.params.max_batch_size, model.params.max_seq_len, max_step_tokens)
-        self._requests_made = 0
+        self.turns = Turns(self.engine)
+        self._requests = count(1)
 
     def generate(
         self,
@@ -176,27 +178,33 @@ class Llama:
         A prompt that cannot be run, or fails, yields its error instead. Closing the iterator ends the rest.
         """
         every = self._params(len(prompts), params, 0.6, 0.9, None, False, {})
-        fresh: deque[Output] = deque()
+        at_once: list[tuple[int, ChatPrediction | LlamaError]] = []
         samples: dict[int, list[Output]] = {}
         for index, (prompt, own) in enumerate(zip(prompts, every, strict=True)):
             try:
                 tokens = self._tokens(prompt, allow_special_tags)
                 if tokens is None:
-                    yield index, refused(own)
+                    at_once.append((index, refused(own)))
                 else:
                     kind = "the prompt" if isinstance(prompt, str) else "the dialog"
-                    samples[index] = self._samples(tokens, own, kind, index, fresh)
+                    samples[index] = self._samples(tokens, own, kind, index)
             except LlamaError as error:
-                yield index, error
-        for output in self._run([output for outputs in samples.values() for output in outputs]):
-            index, own_samples = output.index, samples.get(output.index, [])
-            if on_text and own_samples and (text := own_samples[0].take()):
-                on_text(index, text)
-            if own_samples and all(sample.request.finish_reason for sample in own_samples):
-                del samples[index]  # samples that end in the same step come here once each
-                failed = next((sample.request.error for sample in own_samples if sample.request.error), None)
-                generation = _as_it_is if isinstance(prompts[index], str) else _assistant
-                yield index, failed or _prediction(own_samples, generation)
+                at_once.append((index, error))
+        call = Call(self.turns, [output for outputs in samples.values() for output in outputs], on_text is not None)
+
+        def each() -> Iterator[tuple[int, CompletionPrediction | ChatPrediction | LlamaError]]:
+            yield from at_once
+            with closing(call):
+                for output in call:
+                    index, own_samples = output.index, samples[output.index]
+                    if on_text and (text := own_samples[0].take()):
+                        on_text(index, text)
+                    if all(sample.ended for sample in own_samples):
+                        failed = next((sample.request.error for sample in own_samples if sample.request.error), None)
+                        generation = _as_it_is if isinstance(prompts[index], str) else _assistant
+                        yield index, failed or _prediction(own_samples, generation)
+
+        return Stream(call, each())
 
     def stream_text(
         self, prompt: str, temperature: float = 0.6, top_p: float = 0.9, max_gen_len: int | None = None,
@@ -214,7 +222,9 @@ class Llama:
         """The answer to one dialog, piece by piece as text is decided. Closing the iterator ends the request."""
         every = self._params(1, params, temperature, top_p, max_gen_len, False, more)
         prompt = self._chat_prompts([dialog], allow_special_tags)[0]
-        return iter([REFUSAL]) if prompt is None else self._stream(self._outputs([prompt.tokens], every, "dialog"))
+        if prompt is None:
+            return Stream(Call(self.turns, [], texts=True), iter([REFUSAL]))
+        return self._stream(self._outputs([prompt.tokens], every, "dialog"))
 
     def score(self, texts: Sequence[str], *, top_logprobs: int = 0) -> list[Score]:
         """The log-probability of every token of each text, without generating, in memory that does not grow with it."""
@@ -227,15 +237,14 @@ class Llama:
     def score_each(self, texts: Sequence[str], *, top_logprobs: int = 0) -> list[Score | LlamaError]:
         """As `score`, with its error in the place of a text that cannot be scored."""
         params = SamplingParams(temperature=0, max_gen_len=0, top_logprobs=top_logprobs)
-        fresh: deque[Output] = deque()
         found: list[Output | LlamaError] = []
         for index, text in enumerate(texts):
             try:
                 tokens = self.tokenizer.encode(text, bos=True, eos=False)
-                found += self._samples(tokens, params, "the text", index, fresh, score=True)
+                found += self._samples(tokens, params, "the text", index, score=True)
             except LlamaError as error:
                 found.append(error)
-        deque(self._run([output for output in found if isinstance(output, Output)]), maxlen=0)
+        self._run([output for output in found if isinstance(output, Output)], None)
         return [one if isinstance(one, LlamaError) else one.request.error or one.score() for one in found]
 
     def format_dialog(self, dialog: Dialog) -> ChatPrompt:
@@ -295,16 +304,15 @@ class Llama:
         *, echo: bool = False, score: bool = False,
     ) -> list[Output]:  # fmt: skip
         """Checked requests for every prompt that is not None, n each; errors call a prompt `kind` and its index."""
-        fresh: deque[Output] = deque()
         return [
             output
             for index, (prompt, params) in enumerate(zip(prompts, every, strict=True))
             if prompt is not None
-            for output in self._samples(prompt, params, f"{kind} {index}", index, fresh, echo=echo, score=score)
+            for output in self._samples(prompt, params, f"{kind} {index}", index, echo=echo, score=score)
         ]
 
     def _samples(
-        self, prompt: list[int], params: SamplingParams, name: str, index: int, fresh: "deque[Output]",
+        self, prompt: list[int], params: SamplingParams, name: str, index: int,
         *, echo: bool = False, score: bool = False,
     ) -> list[Output]:  # fmt: skip
         """The n checked requests of one prompt, which errors call `name`."""
@@ -318,46 +326,37 @@ class Llama:
                 name=name,
             )  # fmt: skip
             self.engine.check(request)
-            outputs.append(Output(self.engine, self.tokenizer, request, index, echo, fresh))
+            outputs.append(Output(self.engine, self.tokenizer, request, index, echo))
         return outputs
 
     def _next_seed(self) -> int:
-        self._requests_made += 1
-        return derive_seed(self.seed, self._requests_made)
+        return derive_seed(self.seed, next(self._requests))
 
-    def _run(self, outputs: list[Output]) -> Iterator[Output]:
-        """Queue outputs and step the engine until all have ended, yielding each as it changes; none stays behind."""
-        unfinished = set(outputs)
-        try:
-            for output in outputs:
-                self.engine.add(output.request, output.observe)
-            while unfinished:
-                fresh = outputs[0].fresh
-                while fresh:
-                    output = fresh.popleft()
-                    if output.request.finish_reason:
-                        unfinished.discard(output)
-                    yield output
-                if unfinished:
-                    self.engine.step()
-        finally:
-            for output in unfinished:
-                self.engine.finish(output.request, "cancelled")
+    def _run(self, outputs: list[Output], on_text: Callable[[int, str], None] | None) -> None:
+        """Run outputs to their end; none stays behind."""
+        first_of = {output.index: output for output in reversed(outputs)}
+        with closing(Call(self.turns, outputs, texts=on_text is not None)) as call:
+            for output in call:
+                if on_text and first_of[output.index] is output and (text := output.take()):
+                    on_text(output.index, text)
 
     def _finish(self, outputs: list[Output], on_text: Callable[[int, str], None] | None) -> None:
         """Run outputs to their end, then raise the first error that any met."""
-        first_of = {output.index: output for output in reversed(outputs)}
-        for output in self._run(outputs):
-            if on_text and first_of[output.index] is output and (text := output.take()):
-                on_text(output.index, text)
+        self._run(outputs, on_text)
         _raise_first(outputs)
 
     def _stream(self, outputs: list[Output]) -> Iterator[str]:
         """The first output's text as it is decided."""
-        for output in self._run(outputs):
-            if output is outputs[0] and (text := output.take()):
-                yield text
-        _raise_first(outputs)
+        call = Call(self.turns, outputs, texts=True)
+
+        def pieces() -> Iterator[str]:
+            with closing(call):
+                for output in call:
+                    if output is outputs[0] and (text := output.take()):
+                        yield text
+            _raise_first(outputs)
+
+        return Stream(call, pieces())
 
 
 def _plain_tokens(prompt: Any) -> Any:

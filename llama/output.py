@@ -1,7 +1,7 @@
 """`Output`: the text of one request while it is made, and the dicts that callers get of it."""
 
 import math
-from collections import deque
+from queue import SimpleQueue
 from typing import Any, TypedDict
 
 from llama.chat import REFUSAL, Message
@@ -54,24 +54,28 @@ class Score(TypedDict):
 class Output:
     """Watches one request in the engine, decodes its tokens, and ends it at a stop string.
 
-    Each change puts the output into `fresh`, the queue of the call that it belongs to.
+    One thread steps the engine and so adds to it, another may read it: what is whole is put into the reader's queue.
     """
 
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, request: Request, index: int, echo: bool, fresh: "deque[Output]"
-    ) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, request: Request, index: int, echo: bool) -> None:
         self.request = request
         self.index = index  # of the prompt in its call; n samples of a prompt share it
         self.text = ""
-        self._unread = ""
+        self.ended = False  # and the reader has been told
+        self._taken = 0
         self._engine = engine
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, request.params.stop, request.params.min_gen_len)
         self._echoed = request.prompt if echo else []
         self._seen = 0
-        self.fresh = fresh
+        self._news: SimpleQueue[News | None] = SimpleQueue()
+        self._texts = False
         if echo:
             self._add("".join(map(self._decoder.decode, request.prompt)))
+
+    def watch(self, news: "SimpleQueue[News | None]", texts: bool) -> None:
+        """Have each change put into a reader's queue: with `texts` every one, else only the end."""
+        self._news, self._texts = news, texts
 
     def observe(self, request: Request) -> None:
         """Take in the request's new tokens, or its end: the engine calls this after each."""
@@ -80,21 +84,22 @@ class Output:
         self._seen = len(request.tokens)
         if request.finish_reason:
             self._add(self._decoder.flush())
-        self.fresh.append(self)
         if self._decoder.stopped:
-            if request.finish_reason:
-                request.finish_reason = "stop"
-            else:
-                self._engine.finish(request, "stop")
+            if not request.finish_reason:
+                self._engine.finish(request, "stop")  # which comes here again
+                return
+            request.finish_reason = "stop"
+        if self._texts or request.finish_reason:
+            self._news.put((self, request.finish_reason is not None))
 
     def take(self) -> str:
-        """The text since the last take."""
-        text, self._unread = self._unread, ""
-        return text
+        """The text since the last take; another thread may be adding to it."""
+        text, taken = self.text, self._taken
+        self._taken = len(text)
+        return text[taken:]
 
     def _add(self, text: str) -> None:
         self.text += text
-        self._unread += text
 
     def kept(self) -> tuple[list[int], list[str]]:
         """(Tokens, pieces), the pieces joining to the text: of a stop string's tokens only what comes before it."""
@@ -153,6 +158,9 @@ class Output:
             else None,
             "perplexity": math.exp(-sum(known) / len(known)) if known else None,
         }
+
+
+News = tuple[Output, bool]  # one that has changed, and whether it has ended
 
 
 def refused(params: SamplingParams) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from llama.errors import DeviceError, ParameterError, PeerError
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 _before_leaving: list[weakref.WeakMethod] = []
+_process: list[int] = []  # the one in which a model was built
 GLOO_FILE = re.compile(r"\[[^\]]*gloo/[^\]]*\] ")  # how each error of gloo's begins, which has no class of its own
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -119,9 +120,11 @@ def _first_sentence(error: RuntimeError) -> str:
 def initialize(device: torch.device, size: int | None) -> None:
     """Join the process group and split it into model-parallel groups of `size` processes (None: all of them).
 
-    Groups made before are used again. Raises ParameterError where `size` does not divide the number of
-    processes, or differs from the size in use in this process.
+    Groups made before are used again. Raises DeviceError in a forked process (`is_forked`), and ParameterError where
+    `size` does not divide the number of processes, or differs from the size in use in this process.
     """
+    check_process()
+    _process[:] = [os.getpid()]
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where kernels and collectives of this process go
     if not dist.is_initialized():
@@ -143,6 +146,20 @@ def initialize(device: torch.device, size: int | None) -> None:
         raise ParameterError(
             f"model_parallel_size={size}, but this process already runs a model split over {model_parallel_size()}:"
             " use one size a process"
+        )
+
+
+def is_forked() -> bool:
+    """Whether this process was forked from one that had built a model."""
+    return _process not in ([], [os.getpid()])
+
+
+def check_process() -> None:
+    """Raise DeviceError where computing would wait for ever: for threads that were not forked with the rest."""
+    if is_forked():
+        raise DeviceError(
+            f"this process was forked from process {_process[0]} after that had built a model, and without the threads"
+            ' that compute: fork before anything is built, or start processes by multiprocessing\'s "spawn" method'
         )
 
 

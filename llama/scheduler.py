@@ -1,5 +1,6 @@
 """Who runs next, in which slot, which chunk of its tokens, and which prefix it need not compute: plain Python."""
 
+import math
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
@@ -76,9 +77,12 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def plan(self) -> list[Chunk]:
-        """Admit what can run, then share the step's token budget: decode tokens first, prompts in order of arrival."""
-        self._admit()
+    def plan(self, until: float = math.inf) -> list[Chunk]:
+        """Admit what can run, then share the step's token budget: decode tokens first, prompts in order of arrival.
+
+        What was added after `until` is not admitted: something else is to have the slots before it.
+        """
+        self._admit(until)
         budget = self.max_step_tokens
         chunks = []
         for sequence in sorted(self.running, key=lambda s: s.pending > 1):
@@ -119,10 +123,10 @@ class Scheduler:
     def give_back_all(self) -> None:
         self.free = list(range(self.slots))
 
-    def _admit(self) -> None:
+    def _admit(self, until: float) -> None:
         """Give free slots to waiting sequences, first come first served, but for those that wait for a prefix."""
         passed: list[Sequence] = []
-        while self.free and self.waiting and len(passed) < 4 * self.slots:
+        while self.free and self.waiting and self.waiting[0].request.added <= until and len(passed) < 4 * self.slots:
             sequence = self.waiting.popleft()
             if not self._start(sequence):
                 passed.append(sequence)

@@ -9,16 +9,16 @@ from conftest import ROOT
 
 ORDER = (
     "__main__", "cli", "chat_session", "chat_commands", "conversation", "showcase", "scoring", "batch", "replicas",
-    "batch_output", "batch_file", "openai_batch", "terminal", "token_view", "generation", "loading", "output", "engine",
-    "decode_loop", "beam_search", "scheduler", "checkpoint_writer", "checkpoint_info", "checkpoint", "memory",
+    "batch_output", "batch_file", "openai_batch", "terminal", "token_view", "generation", "loading", "turns", "output",
+    "engine", "decode_loop", "beam_search", "scheduler", "checkpoint_writer", "checkpoint_info", "checkpoint", "memory",
     "params_file", "pth_file", "compiled", "model", "linear", "sampling", "kernels", "quantization", "weight_format",
     "attention", "flash_attention", "kv_cache", "step", "checklist", "progress", "shell", "help_page", "flags",
-    "command_line", "resharding", "chat", "tokenizer", "request", "parallel", "paths", "errors", "gate",
+    "command_line", "resharding", "chat", "tokenizer", "request", "parallel", "interrupts", "paths", "errors", "gate",
 )  # fmt: skip
 WITHOUT_TORCH = {
     "cli", "chat_commands", "conversation", "showcase", "scoring", "progress", "batch_output", "batch_file",
     "openai_batch", "terminal", "token_view", "scheduler", "checklist", "shell", "help_page", "flags", "command_line",
-    "resharding", "weight_format", "chat", "tokenizer", "request", "paths", "errors", "gate",
+    "resharding", "weight_format", "chat", "tokenizer", "request", "interrupts", "paths", "errors", "gate",
 }  # fmt: skip
 FILES = {path.stem: path for path in (ROOT / "llama").glob("*.py") if path.stem != "__init__"}
 FILES["kernels"] = ROOT / "llama" / "kernels" / "__init__.py"

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import deque
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -136,7 +135,7 @@ def as_generated(llama: Llama, tokens: list[int], params: SamplingParams) -> dic
     """The answer to a dialog that was answered with these tokens."""
     request = Request([1], params, seed=1, stop_tokens=frozenset())
     engine: Any = SimpleNamespace(finish=lambda request, reason: setattr(request, "finish_reason", reason))
-    output = Output(engine, llama.tokenizer, request, 0, False, deque())
+    output = Output(engine, llama.tokenizer, request, 0, False)
     for count, token in enumerate(tokens, 1):
         request.tokens.append(token)
         request.logprobs.append(-1.0)
