@@ -323,7 +323,8 @@ def command(file: Path | str, output: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_")}
+    """No flags of the user's; but the kernels are those of the tests, with which a process is compared."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_") or key == "LLAMA_KERNELS"}
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 
