@@ -120,7 +120,7 @@ def _first_sentence(error: RuntimeError) -> str:
 def initialize(device: torch.device, size: int | None) -> None:
     """Join the process group and split it into model-parallel groups of `size` processes (None: all of them).
 
-    Groups made before are used again. Raises DeviceError in a forked process (`is_forked`), and ParameterError where
+    Groups made before are used again. Raises DeviceError as `check_process`, and ParameterError where
     `size` does not divide the number of processes, or differs from the size in use in this process.
     """
     check_process()
@@ -149,14 +149,12 @@ def initialize(device: torch.device, size: int | None) -> None:
         )
 
 
-def is_forked() -> bool:
-    """Whether this process was forked from one that had built a model."""
-    return _process not in ([], [os.getpid()])
-
-
 def check_process() -> None:
-    """Raise DeviceError where computing would wait for ever: for threads that were not forked with the rest."""
-    if is_forked():
+    """Raise DeviceError in a process forked from one that had built a model.
+
+    It would wait for ever, for threads that were not forked with the rest.
+    """
+    if _process not in ([], [os.getpid()]):
         raise DeviceError(
             f"this process was forked from process {_process[0]} after that had built a model, and without the threads"
             ' that compute: fork before anything is built, or start processes by multiprocessing\'s "spawn" method'
