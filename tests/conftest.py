@@ -9,8 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
+
+from llama.shell import wait_briefly
+
+wait_briefly()  # as the command does; before torch loads OpenMP, whose threads would else crawl on busy cores
+
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been started without Ctrl-C
