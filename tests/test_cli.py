@@ -24,7 +24,7 @@ LIKE_DEMO = ["--dtype", "float32", "--device", "cpu", "--max_seq_len", "512", "-
 SHORT = [*LIKE_DEMO, "--max_gen_len", "8"]
 TOO_LONG = "word " * 600
 LOADED = re.compile(
-    r"llama: no --ckpt_dir: running the bundled demo checkpoint\nllama: \S+, float32 on cpu, .*, loaded in .* s\n"
+    r"llama: no --ckpt_dir: running the bundled demo checkpoint\nllama: .+, float32 on cpu, .*, loaded in .* s\n"
 )
 Ended = tuple[int, str, str]
 
@@ -66,6 +66,7 @@ def records(out: str) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------- prompts are text
 
 
+@pytest.mark.skipif(not str(ROOT).isascii(), reason="in a locale of ASCII Python finds nothing in such a folder")
 def test_prompts_reach_the_model_as_they_were_typed(demo: Llama) -> None:
     """Through the installed command, in a locale of ASCII with another for output: and all that is said is JSON."""
     places = ["123", "[1,2]", "true", "None", "a=b", "", "two\nlines \"'", "é😀", "-", "--json", "- a\n- b"]
