@@ -160,7 +160,7 @@ def assert_said_once(done: Done[str], said: str) -> None:
 
 def test_a_traceback_is_ours_wherever_the_clone_is() -> None:
     ours = [parallel.__file__, str(Path(parallel.__file__).parent / "kernels" / "small.py"), str(ROOT / SCRIPTS[0])]
-    others = [torch.__file__, "/home/llama/.venv/lib/torch/run.py", str(ROOT / ".venv" / "lib" / "torch" / "run.py")]
+    others = [torch.__file__, "/srv/llama/.venv/lib/torch/run.py", str(ROOT / ".venv" / "lib" / "torch" / "run.py")]
     lines = [f'  File "{path}", line 7, in run\n' for path in ours + others]
     assert through_ours("".join(lines)) == ["parallel.py", "small.py", SCRIPTS[0]]
 
