@@ -4,7 +4,8 @@ python example_chat_completion.py
 torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat/ --tokenizer_path tokenizer.model
 """
 
-from llama.cli import FilePath, checkpoint_paths, is_main, run, show
+from llama.cli.build import checkpoint_paths
+from llama.cli.commands import FilePath, is_main, run, show
 
 DIALOGS = [
     [{"role": "user", "content": "What sound does a cow make?"}],
@@ -44,7 +45,7 @@ def main(
         prompts_file: a file with one dialog a line, a JSON list of messages, instead of the built-in dialogs.
     """
     from llama import Llama  # after the arguments are parsed: it imports torch
-    from llama.batch_file import read_dialogs
+    from llama.batch.lines import read_dialogs
 
     ckpt_dir, tokenizer_path = checkpoint_paths(ckpt_dir, tokenizer_path)
     dialogs = DIALOGS if prompts_file is None else read_dialogs(prompts_file)

@@ -4,7 +4,8 @@ python example_text_completion.py
 torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b/ --tokenizer_path tokenizer.model
 """
 
-from llama.cli import FilePath, checkpoint_paths, is_main, run, show
+from llama.cli.build import checkpoint_paths
+from llama.cli.commands import FilePath, is_main, run, show
 
 PROMPTS = [
     "Once upon a time there was a small fox named Tom.",
@@ -37,7 +38,7 @@ def main(
         prompts_file: a text file with one prompt a line, instead of the built-in prompts.
     """
     from llama import Llama  # after the arguments are parsed: it imports torch
-    from llama.batch_file import read_prompts
+    from llama.batch.lines import read_prompts
 
     ckpt_dir, tokenizer_path = checkpoint_paths(ckpt_dir, tokenizer_path)
     prompts = PROMPTS if prompts_file is None else read_prompts(prompts_file)

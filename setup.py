@@ -24,7 +24,7 @@ setup(
     ext_modules=[
         Extension(
             "llama.kernels.cpu",
-            [f"llama/kernels/{name}.c" for name in ("quantize", "quantized", "tiles", "small", "sample", "layers")],
+            [f"llama/kernels/{name}.c" for name in ("quantize", "quantized", "tiles", "ops", "sample", "decode_step")],
             depends=["llama/kernels/kernels.h"],
             optional=True,
         )

@@ -21,9 +21,9 @@ from peers import Transformers
 from ragged import prompts_of, run_greedy
 from report import header, table
 
-import llama.engine
+import llama.engine.engine
 from llama import Llama
-from llama.model import Transformer
+from llama.model.transformer import Transformer
 
 SLOTS = 16
 

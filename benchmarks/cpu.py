@@ -23,7 +23,7 @@ from gguf_files import PRECISIONS, make_gguf
 from models import VOCABULARY, make_checkpoint
 from report import header, table
 
-from llama.checkpoint_writer import quantize
+from llama.checkpoint.writer import quantize
 
 RAGGED = (16, 32, 64, 96, 128, 192, 256, 384)
 NEW = 32

@@ -26,17 +26,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
 from checkpoints import random_weights, save
 
-from llama import Llama, SamplingParams, memory, parallel
-from llama.checkpoint import sources
-from llama.cli import DEMO
-from llama.decode_loop import as_it_is
-from llama.engine import Engine
+from llama import Llama, SamplingParams, parallel
+from llama.checkpoint import memory
+from llama.checkpoint.layout import format_of, sources
+from llama.cli.build import DEMO
+from llama.engine.decode_loop import as_it_is
+from llama.engine.engine import Engine
 from llama.kernels.quantized import can_pack, pack
-from llama.model import ModelArgs, Transformer
-from llama.quantization import DEQUANTIZE, QUANTIZE
+from llama.model.step import Step
+from llama.model.transformer import ModelArgs, Transformer
+from llama.quantization.quantize import DEQUANTIZE, QUANTIZE
 from llama.request import Request
-from llama.step import Step
-from llama.weight_format import format_of
 
 SEVEN_B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5}
 TINY = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}

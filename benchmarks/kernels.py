@@ -12,7 +12,7 @@ import torch
 from report import header, table
 
 from llama.kernels.quantized import can_pack, pack, packed_product, quantize
-from llama.linear import product
+from llama.model.linear import product
 
 
 def seconds(run: Callable[[int], object], copies: int, repeats: int) -> float:

@@ -8,8 +8,8 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from llama import ModelArgs
-from llama.checkpoint import expected_shapes
-from llama.cli import DEMO
+from llama.checkpoint.layout import expected_shapes
+from llama.cli.build import DEMO
 
 VOCABULARY = 32000
 SHAPES = {

@@ -12,8 +12,8 @@ from models import make_checkpoint
 from report import header, table
 
 from llama import Llama
-from llama.cli import DEMO
-from llama.step import Step
+from llama.cli.build import DEMO
+from llama.model.step import Step
 
 BEGINNINGS = ("Once upon a time there was a small fox named Tom.", "Ben wanted a red kite.", "One morning Mia went",
               "The old bear lived in a", "Vera had a green top.")  # fmt: skip

@@ -16,7 +16,7 @@ from peers import Transformers
 from report import header, table
 
 from llama import Llama, SamplingParams
-from llama.engine import Engine
+from llama.engine.engine import Engine
 from llama.request import Request
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384)

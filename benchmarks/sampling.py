@@ -11,7 +11,7 @@ import fire
 import torch
 from report import header, table
 
-from llama.sampling import sample, sample_all
+from llama.engine.sampling import sample, sample_all
 
 FILTERS = {  # temperature, top_p, min_p, top_k
     "temperature 0.6, top_p 0.9": (0.6, 0.9, 0.0, 0),

@@ -15,7 +15,7 @@ import fire
 import ray
 
 from llama import Llama, SamplingParams
-from llama.cli import DEMO
+from llama.cli.build import DEMO
 
 
 class Completer:

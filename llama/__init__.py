@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     from llama.chat import Dialog, Message, Role
     from llama.errors import LlamaError
     from llama.generation import Llama
-    from llama.model import ModelArgs, Transformer
-    from llama.output import ChatPrediction, CompletionPrediction
+    from llama.model.transformer import ModelArgs, Transformer
+    from llama.predictions import ChatPrediction, CompletionPrediction
     from llama.request import SamplingParams
     from llama.tokenizer import StreamDecoder, Tokenizer
 

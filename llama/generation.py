@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from llama import memory, parallel
+from llama import parallel
 from llama.chat import REFUSAL, ChatPrompt, Dialog, Message, check_dialog, format_dialog, has_special_tags
-from llama.engine import Engine
+from llama.checkpoint import memory
+from llama.engine.engine import Engine
 from llama.errors import LlamaError, ParameterError, PromptError
 from llama.loading import chosen, load
-from llama.model import Transformer
-from llama.output import ChatPrediction, CompletionPrediction, Output, Score, refused
+from llama.model.transformer import Transformer
+from llama.output import Output, refused
 from llama.paths import expanded
+from llama.predictions import ChatPrediction, CompletionPrediction, Score
 from llama.request import MoreSampling, Request, SamplingParams, derive_seed, plain, plain_each
 from llama.tokenizer import Tokenizer
 from llama.turns import Call, Stream, Turns
@@ -52,7 +54,7 @@ class Llama:
         `max_seq_len` is the most tokens of one sequence, prompt and completion; `max_batch_size` how many sequences
         are held at once (more may be asked for). `seed` None takes fresh entropy; of several processes the first's
         counts. `quantize` "int8" or "int4" holds the matrices in so many bits, `kv_dtype` "fp8" the KV cache in 8.
-        `threads` is how many this process uses on a CPU (None: `parallel.default_threads`). `compile` runs the layers
+        `threads` is how many this process uses on a CPU (None: `device.default_threads`). `compile` runs the layers
         through torch.compile, which takes its time at the first steps. `verify` compares the files with their
         checklist.chk first. Raises a subclass of LlamaError: PeerError where another process has failed.
         """

@@ -4,15 +4,19 @@ from pathlib import Path
 
 import torch
 
-from llama import checkpoint, memory, parallel
-from llama.checklist import verify as verify_checklist
+from llama import parallel
+from llama.checkpoint import memory
+from llama.checkpoint.checklist import verify as verify_checklist
+from llama.checkpoint.files import find_shards, open_shards, vocabulary
+from llama.checkpoint.loader import load as load_model
+from llama.checkpoint.params import read_params
+from llama.device import choose_device, default_threads, parse_dtype
 from llama.errors import CheckpointError, TokenizerError
-from llama.kernels.library import why_not
-from llama.kv_cache import check_kv_dtype
-from llama.model import Transformer
-from llama.params_file import read_params
+from llama.kernels.dispatch import why_not
+from llama.model.kv_cache import check_kv_dtype
+from llama.model.transformer import Transformer
+from llama.quantization.formats import check_format
 from llama.tokenizer import Tokenizer
-from llama.weight_format import check_format
 
 LLAMA_2_VOCABULARY = 32000
 
@@ -30,23 +34,23 @@ def load(
         threads=1 if threads is None else threads,
     )
     check_format(quantize)
-    place, wanted_dtype = parallel.choose_device(device), parallel.parse_dtype(dtype)
+    place, wanted_dtype = choose_device(device), parse_dtype(dtype)
     check_kv_dtype(kv_dtype, place)
     if threads is not None or place.type == "cpu":
-        torch.set_num_threads(threads or parallel.default_threads())
+        torch.set_num_threads(threads or default_threads())
     parallel.initialize(place, model_parallel_size)
-    checkpoint.find_shards(folder)  # a missing file is said before what is in another
+    find_shards(folder)  # a missing file is said before what is in another
     args, ignored = read_params(folder)
     if verify and parallel.local_rank() == 0:  # once a machine; where it fails, torchrun ends the others
         verify_checklist(folder, progress=parallel.rank() == 0)
     tokenizer = Tokenizer(tokenizer_path)
-    shards = checkpoint.open_shards(folder)
-    args.vocab_size = _check_vocabulary(args.vocab_size, checkpoint.vocabulary(shards, folder), tokenizer)
+    shards = open_shards(folder)
+    args.vocab_size = _check_vocabulary(args.vocab_size, vocabulary(shards, folder), tokenizer)
     args.max_seq_len, args.max_batch_size, args.kv_dtype = max_seq_len, max_batch_size, kv_dtype
     step_tokens = max_step_tokens or memory.step_tokens(place)
-    model = checkpoint.load(folder, shards, args, place, wanted_dtype, step_tokens, quantize)
+    model = load_model(folder, shards, args, place, wanted_dtype, step_tokens, quantize)
     if compile:
-        from llama.compiled import compile_layers  # it brings in half of a compiler
+        from llama.model.compiled import compile_layers  # it brings in half of a compiler
 
         compile_layers(model)
     if (args.quantize or place.type == "cuda") and (reason := why_not(place)):

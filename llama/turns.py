@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from llama import parallel
-from llama.engine import Engine
+from llama.engine.engine import Engine
 from llama.errors import DeviceError, LlamaError
 from llama.interrupts import let_through, put_off
 from llama.output import News, Output

@@ -336,17 +336,17 @@ def sound(folder: Path) -> Path:
     import torch
     from checkpoints import SMALL, random_weights, save
 
-    from llama import checkpoint_writer
-    from llama.checklist import format_checklist, read_checklist
+    from llama.checkpoint import writer
+    from llama.checkpoint.checklist import format_checklist, read_checklist
 
     params = {**SMALL, "vocab_size": 1024, "n_heads": 4, "n_kv_heads": 2}
     first = save(folder / "first", params, random_weights(params, torch.bfloat16))
     demo = Path(__file__).parent.parent / "llama" / "demo"
     shutil.copy(demo / "tokenizer.model", first)
-    checkpoint_writer.reshard(first, folder / "plain", 1, progress=False)
-    checkpoint_writer.reshard(first, folder / "two", 2, progress=False)
+    writer.reshard(first, folder / "plain", 1, progress=False)
+    writer.reshard(first, folder / "two", 2, progress=False)
     for form in ("int8", "int4"):
-        checkpoint_writer.quantize(first, folder / form, form, progress=False)
+        writer.quantize(first, folder / form, form, progress=False)
     save(folder / "plain", params, random_weights(params, torch.bfloat16))  # as torch.save writes it, not as we do
     sums = {name: md5((folder / "plain" / name).read_bytes()).hexdigest() for name in read_checklist(folder / "plain")}
     (folder / "plain" / "checklist.chk").write_text(format_checklist(sums))

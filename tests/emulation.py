@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama import attention, flash_attention, sampling
-from llama.kernels import library, quantized, small
+from llama.engine import sampling
+from llama.kernels import dispatch, ops, quantized
+from llama.model import attention, flash_attention
 
 
 def flash_attention_forward(
@@ -52,14 +53,14 @@ def emulate_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     flash_attention._varlen_attn()  # PyTorch's own import wants the operator as it is
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention_forward)
     monkeypatch.setattr(flash_attention, "can_run", lambda keys: True)
-    monkeypatch.setattr("llama.attention.can_run", lambda keys: True)
+    monkeypatch.setattr("llama.model.attention.can_run", lambda keys: True)
 
 
 @pytest.fixture(scope="session")
 def gpu() -> ModuleType:
     """Our kernels for CUDA: on a GPU where there is one, else interpreted (see conftest), without bfloat16 products."""
     triton = pytest.importorskip("triton", reason="needs Triton")
-    if missing := library.no_triton():
+    if missing := dispatch.no_triton():
         pytest.skip(missing)
     old, new_numpy = version_of(triton.__version__) < (3, 8), version_of(np.__version__) >= (2, 4)
     if old and new_numpy and not torch.cuda.is_available():
@@ -77,8 +78,8 @@ def gpu_path(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model on this machine goes through all that it goes through on CUDA, and none of what a CPU has."""
     if torch.cuda.is_available():
         pytest.skip("the kernels are not interpreted where there is a GPU")
-    monkeypatch.setattr(library, "load", lambda: (None, "not on CUDA"))
-    for module in (attention, library, quantized, small):
+    monkeypatch.setattr(dispatch, "load", lambda: (None, "not on CUDA"))
+    for module in (attention, dispatch, quantized, ops):
         monkeypatch.setattr(module, "gpu_kernels", lambda x: gpu)
     monkeypatch.setattr(attention, "load_gpu", lambda device: gpu)
     monkeypatch.setattr(sampling, "gpu_sampling", lambda device: importlib.import_module("llama.kernels.gpu_sampling"))

@@ -11,14 +11,14 @@ of this: they are equal.
 from collections.abc import Callable, Sequence
 
 import torch
-from test_sampling import kept
+from reference import kept
 from torch import Tensor
 
 from llama import Llama, SamplingParams
+from llama.engine.sampling import adjust, noise_key, uniform
+from llama.engine.scheduler import Sequence as Running
+from llama.model.step import Step
 from llama.request import Request
-from llama.sampling import adjust, noise_key, uniform
-from llama.scheduler import Sequence as Running
-from llama.step import Step
 
 # Of logits and of probabilities: a hundred times what rounding was seen to move, a hundredth of what small mistakes do.
 FLOAT32 = 1e-3

@@ -13,7 +13,7 @@ import pytest
 from emulation import emulate_flash_kernel
 
 from llama import Llama, parallel
-from llama.decode_loop import DecodeLoop, as_it_is
+from llama.engine.decode_loop import DecodeLoop, as_it_is
 
 
 def results(options: dict, prompts: list[list[int]]) -> dict:

@@ -72,3 +72,30 @@ def prompt_logprobs(weights: dict[str, Tensor], params: dict, tokens: list[int])
     """log p(token t | before t) for t = 1, 2, …"""
     rows = forward(weights, params, tokens).log_softmax(-1)
     return [float(rows[t - 1, tokens[t]]) for t in range(1, len(tokens))]
+
+
+def kept(logits: torch.Tensor, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0) -> dict[int, float]:
+    """The definition, slowly: what the filters keep, with renormalised probabilities, by token."""
+    probs = torch.softmax(logits / temperature, -1).double().tolist()
+    order = sorted(range(len(probs)), key=lambda token: (-probs[token], token))
+    order = order[: top_k or None]
+    mass = sum(probs[token] for token in order) if top_k else 1.0
+    chosen, before, unlimited = [], 0.0, top_p == 1 and not top_k and not min_p  # however the sum is rounded
+    for token in order:
+        if (unlimited or before <= top_p * mass) and probs[token] >= min_p * probs[order[0]]:
+            chosen.append(token)
+        before += probs[token]
+    total = sum(probs[token] for token in chosen)
+    return {token: probs[token] / total for token in sorted(chosen)}
+
+
+def naive(queries: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """Queries (n, H, D) at positions start … over keys and values (length, K, D), one head and query at a time."""
+    out = torch.empty_like(queries)
+    group = queries.shape[1] // keys.shape[1]
+    for i in range(queries.shape[0]):
+        for head in range(queries.shape[1]):
+            seen = slice(0, start + i + 1)
+            scores = keys[seen, head // group] @ queries[i, head] / math.sqrt(queries.shape[2])
+            out[i, head] = scores.softmax(0) @ values[seen, head // group]
+    return out

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from conftest import DEMO, ROOT
 
-from llama import LlamaError, cli
-from llama.batch_file import read_dialogs, read_prompts
+from llama import LlamaError
+from llama.batch.lines import read_dialogs, read_prompts
 from llama.chat import REFUSAL
+from llama.cli.build import checkpoint_paths
 from llama.errors import PromptError
 
 TEXT, CHAT = "example_text_completion.py", "example_chat_completion.py"
@@ -184,7 +185,7 @@ def test_without_paths_a_command_runs_the_demo(monkeypatch: pytest.MonkeyPatch, 
     """Rank 0 says so, and no other."""
     for rank, said in (("1", ""), ("0", "llama: no --ckpt_dir: running the bundled demo checkpoint\n")):
         monkeypatch.setenv("RANK", rank)
-        assert cli.checkpoint_paths(None, None) == (str(DEMO), str(DEMO / "tokenizer.model"))
+        assert checkpoint_paths(None, None) == (str(DEMO), str(DEMO / "tokenizer.model"))
         assert capsys.readouterr().err == said
 
 
@@ -196,13 +197,13 @@ def test_a_tokenizer_is_found_in_the_folder_or_beside_it(
     folder.mkdir()
     beside, inside = tmp_path / "tokenizer.model", folder / "tokenizer.model"
     with pytest.raises(LlamaError, match=f"no tokenizer.model in {folder} or beside it: name it with --tokenizer_path"):
-        cli.checkpoint_paths(str(folder), None)
+        checkpoint_paths(str(folder), None)
     beside.touch()
     for written in (folder, f"{folder}/"):
-        assert cli.checkpoint_paths(str(written), None) == (str(written), str(beside))
+        assert checkpoint_paths(str(written), None) == (str(written), str(beside))
     inside.touch()
-    assert cli.checkpoint_paths(str(folder), None)[1] == str(inside)
-    assert cli.checkpoint_paths(str(folder), "other.model")[1] == "other.model"
+    assert checkpoint_paths(str(folder), None)[1] == str(inside)
+    assert checkpoint_paths(str(folder), "other.model")[1] == "other.model"
     assert capsys.readouterr().err == ""
 
 
@@ -212,7 +213,7 @@ def test_a_tokenizer_is_found_beside_the_current_folder(tmp_path: Path, monkeypa
     folder.mkdir()
     (tmp_path / "tokenizer.model").touch()
     monkeypatch.chdir(folder)
-    assert Path(cli.checkpoint_paths(".", None)[1]).samefile(tmp_path / "tokenizer.model")
+    assert Path(checkpoint_paths(".", None)[1]).samefile(tmp_path / "tokenizer.model")
 
 
 # ------------------------------------------------------------------------------------------------------------- files

@@ -18,7 +18,8 @@ from conftest import DEMO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama import LlamaError, errors, gate, shell
+from llama import LlamaError, errors, gate
+from llama.cli import shell
 from llama.gate import harmless, json_line, one_line
 
 EVIL = "a\x1b[2J\x1b]0;owned\x07\r\nllama: all is well\x9b31m\u202e\u2028"  # each of it acts on some terminal
@@ -134,7 +135,7 @@ def in_terminal(*words: str) -> tuple[int, str]:
 
 def in_process(words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The same of a pipe, in this process."""
-    from llama.cli import COMMANDS
+    from llama.cli.commands import COMMANDS
 
     monkeypatch.setattr(sys, "argv", ["llama", *words])
     with pytest.raises(SystemExit) as ended:

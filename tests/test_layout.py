@@ -1,47 +1,84 @@
-"""The house: a file of the package imports only files below it, and what needs no torch does not import it."""
+"""The house: a file imports only from its own room and those below it, and what needs no torch does not import it."""
 
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-ORDER = (
-    "__main__", "cli", "chat_session", "chat_commands", "conversation", "showcase", "scoring", "batch", "replicas",
-    "batch_output", "batch_file", "openai_batch", "terminal", "token_view", "generation", "loading", "turns", "output",
-    "engine", "decode_loop", "beam_search", "scheduler", "checkpoint_writer", "checkpoint_info", "checkpoint", "memory",
-    "params_file", "pth_file", "compiled", "model", "linear", "sampling", "kernels", "quantization", "weight_format",
-    "attention", "flash_attention", "kv_cache", "step", "checklist", "progress", "shell", "help_page", "flags",
-    "command_line", "resharding", "chat", "tokenizer", "request", "parallel", "interrupts", "paths", "errors", "gate",
-)  # fmt: skip
+# From the top. A room is a package or a file of `llama/`; those of one line do not know each other.
+FLOORS = (
+    ("__main__",),
+    ("cli",),
+    ("batch",),
+    ("generation",),
+    ("loading", "turns"),
+    ("output", "checkpoint"),
+    ("engine", "predictions"),
+    ("model",),
+    ("kernels", "device"),
+    ("quantization", "parallel", "chat", "progress"),
+    ("tokenizer", "request", "interrupts"),
+    ("paths",),
+    ("errors", "wording"),
+    ("gate",),
+)
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 WITHOUT_TORCH = {
-    "cli", "chat_commands", "conversation", "showcase", "scoring", "progress", "batch_output", "batch_file",
-    "openai_batch", "terminal", "token_view", "scheduler", "checklist", "shell", "help_page", "flags", "command_line",
-    "resharding", "weight_format", "chat", "tokenizer", "request", "interrupts", "paths", "errors", "gate",
+    "cli", "cli.arguments", "cli.build", "cli.chat", "cli.chat.commands", "cli.chat.conversation", "cli.commands",
+    "cli.demo_scenes", "cli.flags", "cli.help", "cli.output", "cli.score", "cli.shell", "cli.token_view",
+    "batch", "batch.identity", "batch.input", "batch.lines", "batch.openai", "batch.results", "engine",
+    "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
+    "quantization.formats", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths", "errors",
+    "wording", "gate",
 }  # fmt: skip
-FILES = {path.stem: path for path in (ROOT / "llama").glob("*.py") if path.stem != "__init__"}
-FILES["kernels"] = ROOT / "llama" / "kernels" / "__init__.py"
+
+
+def name_of(path: Path) -> str:
+    """llama/cli/chat/__init__.py → cli.chat"""
+    return ".".join(path.relative_to(ROOT / "llama").with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+FILES = {
+    name_of(path): path
+    for path in (ROOT / "llama").rglob("*.py")
+    if path.parent != ROOT / "llama" or path.stem != "__init__"
+}
 
 
 def imports(name: str, *, at_start: bool = False) -> set[str]:
-    """The modules that a file imports anywhere in it, or when it is imported; those of the package by bare name."""
+    """The modules that a file imports anywhere in it, or when it is imported; those of the package without "llama."."""
     found, tree = set(), ast.parse(FILES[name].read_text())
     for node in tree.body if at_start else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "llama":
-            found |= {f"llama.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
+            assert node.level == 0, f"{name} has a relative import"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {module for module in inside if module.removeprefix("llama.") in FILES}
+            found |= modules or {node.module}
     return {module.removeprefix("llama.") for module in found}
 
 
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_file_imports_only_files_below_it(name: str) -> None:
-    assert name in ORDER, "a new file gets its place in the order"
-    below = set(ORDER[ORDER.index(name) + 1 :])
-    assert imports(name) & set(ORDER) <= below
+def test_a_file_imports_only_from_its_room_and_those_below(name: str) -> None:
+    assert room(name) in FLOOR, "a new room gets its place among the floors"
+    rooms = {room(module) for module in imports(name) & FILES.keys()} - {room(name)}
+    assert not {other for other in rooms if FLOOR[other] <= FLOOR[room(name)]}
+
+
+def test_files_of_a_room_do_not_import_each_other_in_a_circle() -> None:
+    left = {name: (imports(name) & FILES.keys()) - {name} for name in FILES}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
@@ -52,13 +89,22 @@ def test_what_needs_no_torch_does_not_import_it(name: str) -> None:
         current = queue.pop()
         seen.add(current)
         assert not {"torch", "fairscale"} & {module.split(".")[0] for module in imports(current, at_start=True)}
-        queue += [module for module in imports(current, at_start=True) & set(FILES) if module not in seen]
+        needed = imports(current, at_start=True) & FILES.keys()
+        needed |= {module.rpartition(".")[0] for module in needed} & FILES.keys()
+        queue += [module for module in needed if module not in seen]
 
 
 def test_commands_start_without_torch() -> None:
     """`import llama` and the command's module bring in neither torch nor sentencepiece."""
     code = (
-        "import llama, llama.cli, sys; print([m for m in ('torch', 'fairscale', 'sentencepiece') if m in sys.modules])"
+        "import llama, llama.cli.commands, sys;"
+        " print([m for m in ('torch', 'fairscale', 'sentencepiece') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout == "[]\n"
+
+
+def test_tests_mirror_the_rooms() -> None:
+    """A package of `llama` has a folder of that name in `tests`, and the other way round."""
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.rglob("test_*.py"))}
+    assert folders == {room(name) for name in FILES if "." in name}

@@ -15,7 +15,8 @@ from checkpoints import save
 from conftest import DEMO, ROOT
 from near_ties import assert_agree, logits_of
 
-from llama import Llama, SamplingParams, parallel
+from llama import Llama, SamplingParams, device, parallel
+from llama.device import _granted_cores, choose_device, choose_dtype, default_threads, parse_dtype
 from llama.errors import DeviceError, ParameterError
 
 Done = subprocess.CompletedProcess
@@ -159,10 +160,10 @@ def assert_said_once(done: Done[str], said: str) -> None:
 
 
 def test_a_traceback_is_ours_wherever_the_clone_is() -> None:
-    ours = [parallel.__file__, str(Path(parallel.__file__).parent / "kernels" / "small.py"), str(ROOT / SCRIPTS[0])]
+    ours = [parallel.__file__, str(Path(parallel.__file__).parent / "kernels" / "ops.py"), str(ROOT / SCRIPTS[0])]
     others = [torch.__file__, "/srv/llama/.venv/lib/torch/run.py", str(ROOT / ".venv" / "lib" / "torch" / "run.py")]
     lines = [f'  File "{path}", line 7, in run\n' for path in ours + others]
-    assert through_ours("".join(lines)) == ["parallel.py", "small.py", SCRIPTS[0]]
+    assert through_ours("".join(lines)) == ["parallel.py", "ops.py", SCRIPTS[0]]
 
 
 def test_a_checkpoint_that_no_rank_can_read_is_reported_once(tmp_path: Path, small: dict, weights: dict) -> None:
@@ -183,7 +184,7 @@ FAIL_ON_RANK_1 = """
 import os, sys, time
 import torch
 from llama import parallel
-from llama.cli import run
+from llama.cli.commands import run
 from llama.errors import DeviceError
 
 def command(group):
@@ -216,7 +217,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        monkeypatch.setattr(parallel, "world_size", lambda: processes)
+        monkeypatch.setattr(device, "world_size", lambda: processes)
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
 
     return machine
@@ -242,7 +243,7 @@ def test_the_device_is_the_one_asked_for_or_the_best(
     machine: Callable[..., None], has: dict[str, Any], asked: Any, chosen: str
 ) -> None:
     machine(**has)
-    assert parallel.choose_device(asked) == torch.device(chosen)
+    assert choose_device(asked) == torch.device(chosen)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_a_device_that_is_not_there_is_refused(
 ) -> None:
     machine(**has)
     with pytest.raises(DeviceError, match=re.escape(said)):
-        parallel.choose_device(asked)
+        choose_device(asked)
 
 
 @pytest.mark.parametrize(("built", "said"), [(None, "this PyTorch was built without CUDA"), ("12.8", "sees no CUDA")])
@@ -273,7 +274,7 @@ def test_why_there_is_no_cuda_is_said(
     machine()
     monkeypatch.setattr(torch.version, "cuda", built)
     with pytest.raises(DeviceError, match=said):
-        parallel.choose_device("cuda")
+        choose_device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -281,13 +282,13 @@ def test_why_there_is_no_cuda_is_said(
     [(None, None), ("float32", torch.float32), (torch.float16, torch.float16), ("torch.bfloat16", torch.bfloat16)],
 )
 def test_a_dtype_is_parsed(given: Any, dtype: torch.dtype | None) -> None:
-    assert parallel.parse_dtype(given) == dtype
+    assert parse_dtype(given) == dtype
 
 
 @pytest.mark.parametrize("given", ["fp16", "float", torch.int8, 16, "None"])
 def test_a_dtype_that_is_none_of_three_is_refused(given: Any) -> None:
     with pytest.raises(ParameterError, match="is not supported: use bfloat16, float16, float32"):
-        parallel.parse_dtype(given)
+        parse_dtype(given)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -309,7 +310,7 @@ def test_the_stored_dtype_is_kept_where_it_is_fast(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: fast)
-    assert parallel.choose_dtype(stored, torch.device(device)) == chosen
+    assert choose_dtype(stored, torch.device(device)) == chosen
 
 
 @pytest.mark.parametrize(
@@ -331,17 +332,17 @@ def test_a_containers_limit_counts_as_cores(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert parallel._granted_cores(tmp_path) == expected
+    assert _granted_cores(tmp_path) == expected
 
 
 def test_processes_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun tells each to use one thread; a user's own number, and a single process's, stay as they are."""
-    monkeypatch.setattr(parallel, "_granted_cores", lambda: 12)
+    monkeypatch.setattr(device, "_granted_cores", lambda: 12)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     for together, told, expected in (("4", "1", 3), ("4", "2", 5), ("1", "1", 5), ("16", "1", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", together)
         monkeypatch.setenv("OMP_NUM_THREADS", told)
-        assert parallel.default_threads() == expected
-    monkeypatch.setattr(parallel, "_granted_cores", lambda: 2)
+        assert default_threads() == expected
+    monkeypatch.setattr(device, "_granted_cores", lambda: 2)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert parallel.default_threads() == 2
+    assert default_threads() == 2

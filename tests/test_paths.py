@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 from conftest import DEMO
 
-from llama import Llama, Tokenizer, cli
-from llama.checkpoint_writer import reshard
-from llama.command_line import is_path, words
+from llama import Llama, Tokenizer
+from llama.checkpoint.writer import reshard
+from llama.cli import commands
+from llama.cli.arguments import is_path, words
+from llama.cli.build import checkpoint_paths
 from llama.errors import LlamaError, ParameterError
 from llama.paths import check_writable, expanded, kind, read
 
 PATHS = {"ckpt_dir", "tokenizer_path", "html", "file", "output", "out"}
 FLAGS = [
     (name, flag)
-    for name, command in cli.COMMANDS.items()
+    for name, command in commands.COMMANDS.items()
     for flag in inspect.signature(command).parameters.values()
     if flag.name in PATHS
 ]
@@ -38,7 +40,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_path_is_known_as_one() -> None:
     """Of all commands: those of these names, and no others."""
-    for name, command in cli.COMMANDS.items():
+    for name, command in commands.COMMANDS.items():
         for flag in inspect.signature(command).parameters.values():
             assert is_path(flag) == (flag.name in PATHS), (name, flag.name)
 
@@ -49,23 +51,23 @@ def test_a_path_has_a_home_and_is_not_empty(home: Path, name: str, flag: inspect
     others = [f"--{p.name}=1" for n, p in FLAGS if n == name and p.default is p.empty and p.name != flag.name]
     others += {"reshard": ["--model_parallel_size=1"], "quantize": ["--quantize=int8"]}.get(name, [])
     for typed, meant in (("~/a b", f"{home}/a b"), ("~", str(home)), ("./~", "./~"), ("-", "-"), ("a~", "a~")):
-        assert f"--{flag.name}={meant}" in words(cli.COMMANDS[name], [f"--{flag.name}={typed}", *others], "it")
+        assert f"--{flag.name}={meant}" in words(commands.COMMANDS[name], [f"--{flag.name}={typed}", *others], "it")
     with pytest.raises(ParameterError, match=rf"^(--{flag.name}|{flag.name.upper()}) is empty: expected the path"):
-        words(cli.COMMANDS[name], [f"--{flag.name}=", *others], "it")
+        words(commands.COMMANDS[name], [f"--{flag.name}=", *others], "it")
 
 
 def test_the_environment_has_paths_too(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """What is empty there counts as not set."""
     monkeypatch.setenv("LLAMA_CKPT_DIR", "~/model")
-    assert cli.checkpoint_paths(None, None) == (f"{home}/model", f"{home}/model/tokenizer.model")
-    cli.info(json=True)
+    assert checkpoint_paths(None, None) == (f"{home}/model", f"{home}/model/tokenizer.model")
+    commands.info(json=True)
     assert f'"folder": "{home}/model"' in capsys.readouterr().out
     (home / "other").mkdir()
     monkeypatch.setenv("LLAMA_TOKENIZER_PATH", "~/t.model")
-    assert cli.checkpoint_paths(str(home / "other"), None)[1] == f"{home}/t.model"
+    assert checkpoint_paths(str(home / "other"), None)[1] == f"{home}/t.model"
     for name in ("LLAMA_CKPT_DIR", "LLAMA_TOKENIZER_PATH"):
         monkeypatch.setenv(name, "")
-    assert cli.checkpoint_paths(None, None)[0] == str(DEMO)
+    assert checkpoint_paths(None, None)[0] == str(DEMO)
     assert capsys.readouterr().err.endswith("running the bundled demo checkpoint\n")
 
 
@@ -174,7 +176,7 @@ def test_every_command_asks_first(
     before = sorted(places.rglob("*"))
     monkeypatch.setattr("sys.argv", ["llama", *COMMANDS[command], path])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        commands.main()
     out, err = capfd.readouterr()
     assert ended.value.code == 2 and out == "" and err.startswith(f"llama: {path} ") and err.count("\n") == 1
     assert sorted(places.rglob("*")) == before

@@ -11,7 +11,7 @@ import pexpect
 import pytest
 import torch.distributed as dist
 from conftest import DEMO
-from test_chat_session import DOG, READS, assert_as_it_was, command, end, environment
+from talks import DOG, READS, assert_as_it_was, command, end, environment
 
 BUILD = f"""
 from llama import Llama
@@ -22,7 +22,7 @@ print(llama.text_completion(["Once upon a time"], temperature=0, max_gen_len=16)
 """
 MORTAL = """
 import os, signal
-from llama.model import Transformer
+from llama.model.transformer import Transformer
 
 forward, steps = Transformer.forward, iter(range(5, -1, -1))
 
@@ -33,7 +33,7 @@ def mortal(*given):
 
 Transformer.forward = mortal
 """
-COMMAND = f"{MORTAL}\nfrom llama.cli import main\nmain()"
+COMMAND = f"{MORTAL}\nfrom llama.cli.commands import main\nmain()"
 CATCHES = f"""
 from llama.errors import PeerError
 try:

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import DEMO
 
-from llama import Llama, checkpoint, cli, progress
-from llama.checklist import verify
-from llama.checkpoint_writer import quantize, reshard
+from llama import Llama, progress
+from llama.checkpoint import loader
+from llama.checkpoint.checklist import verify
+from llama.checkpoint.writer import quantize, reshard
+from llama.cli import commands
 from llama.progress import Progress, bar_of_bytes
 
 
@@ -155,10 +157,10 @@ QUIET = {
 def test_quiet_has_no_bar(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["llama", *QUIET[name], "--quiet"])
-    assert seen(cli.main) == ""
+    assert seen(commands.main) == ""
 
 
 @pytest.mark.usefixtures("slow")
 def test_one_process_of_several_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "rank", lambda: 1)
+    monkeypatch.setattr(loader, "rank", lambda: 1)
     assert "loading: " not in seen(lambda: load(tmp_path))

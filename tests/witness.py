@@ -64,7 +64,7 @@ def read_all(path: Path) -> None:
 
 def command(words: list[str]) -> int:
     """The exit code of the command, as a shell would see it; what it raises instead is a fault."""
-    from llama.cli import main
+    from llama.cli.commands import main
 
     sys.argv = ["llama", *words]
     try:

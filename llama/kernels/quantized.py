@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from llama.kernels.library import DTYPES, VARIANTS, gpu_kernels, load, usable, variant
-from llama.quantization import DEQUANTIZE, QUANTIZE
-from llama.weight_format import FORMATS
+from llama.kernels.dispatch import DTYPES, VARIANTS, gpu_kernels, load, usable, variant
+from llama.quantization.formats import FORMATS
+from llama.quantization.quantize import DEQUANTIZE, QUANTIZE
 
 LANES, RUN = 16, 32  # rows of a block; inputs of a run
 BLOCK = 1 << 22  # weights dequantised at once, 8 MB in bfloat16: fewer take longer, and more leave the cache

@@ -1,0 +1,1 @@
+"""Files of prompts: lines in, lines out, resumed where a run was ended."""

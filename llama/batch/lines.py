@@ -1,0 +1,253 @@
+"""Files of prompts: their lines → requests, and results → lines. One file may mix texts, dialogs and OpenAI's form."""
+
+import json
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
+from typing import Any, Literal
+
+from llama.batch import openai
+from llama.chat import Dialog
+from llama.errors import LlamaError, ParameterError, PromptError
+from llama.gate import json_line
+from llama.request import SamplingParams, derive_seed
+from llama.tokenizer import Tokenizer
+from llama.wording import nearest
+
+Format = Literal["text", "jsonl"]
+SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
+_EXPECTED = 'expected {"prompt": …}, {"messages": […]}, a list of messages, or OpenAI\'s batch form'
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line that asks for something: a request, or the reason why it is none."""
+
+    number: int  # in the file, from 1
+    id: str | int | None = None
+    prompt: str | Dialog = ""
+    params: SamplingParams | None = None
+    error: str | None = None
+    call: openai.Call | None = None  # where the line is of OpenAI's form
+
+
+def choose_format(path: str, given: str | None) -> Format:
+    """How a file of prompts is read: as said, else by its name. Raises ParameterError for another format."""
+    if given is None:
+        return "jsonl" if path.endswith((".jsonl", ".ndjson")) else "text"
+    if given not in ("text", "jsonl"):
+        raise ParameterError(f"format={given!r} is not a format: use text (a prompt a line) or jsonl")
+    return given  # type: ignore[return-value]
+
+
+def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """(Line number, bytes) of every line that is not blank, without its line end. "-" is standard input."""
+    try:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+            for number, data in enumerate(file, 1):
+                line = data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data
+                if line.strip():
+                    yield number, line.removesuffix(b"\n").removesuffix(b"\r")
+    except OSError as error:
+        raise PromptError(f"prompts file {path} cannot be read: {error.strerror}") from None
+
+
+def read_line(number: int, data: bytes, form: Format, defaults: SamplingParams, seed: int) -> Line:
+    """What one line asks for, with the sampling fields it sets; its noise comes from `seed` and its number.
+
+    A line that is none says why in its `error`.
+    """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        return Line(number, error=f"not UTF-8 text ({error.reason} at byte {error.start})")
+    line = Line(number, prompt=text) if form == "text" else _read_json(number, text, defaults)
+    if line.error is None:
+        params = line.params or defaults
+        line = replace(
+            line, params=replace(params, seed=derive_seed(seed, number) if params.seed is None else params.seed)
+        )
+    return line
+
+
+def _read_json(number: int, text: str, defaults: SamplingParams) -> Line:
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        return Line(number, error=f"not JSON ({error}): {_EXPECTED}")
+    if isinstance(value, list):
+        return Line(number, prompt=value)
+    if not isinstance(value, dict):
+        return Line(number, error=f"a JSON {type(value).__name__}: {_EXPECTED}")
+    if "custom_id" in value or "body" in value:
+        return _read_openai(number, value, defaults)
+    return _read_object(number, value, defaults)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key may stand twice: one of the two values would be lost."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.60} stands twice")
+    return value
+
+
+def _read_object(number: int, value: dict[str, Any], defaults: SamplingParams) -> Line:
+    name = value.pop("id", None)
+    if not isinstance(name, str | int | None) or isinstance(name, bool):
+        return Line(number, error=f"id is a JSON {type(name).__name__}: expected a string or an integer")
+    value = {key: field for key, field in value.items() if field is not None or key not in ("prompt", "messages")}
+    try:
+        if ("prompt" in value) == ("messages" in value):
+            both = "both prompt and messages" if "prompt" in value else "neither prompt nor messages"
+            raise PromptError(f"{both}: {_EXPECTED}")
+        kind = str if "prompt" in value else list
+        prompt = value.pop("prompt" if kind is str else "messages")
+        if not isinstance(prompt, kind):
+            raise PromptError(
+                f"a {'prompt' if kind is str else 'messages'} that is {type(prompt).__name__}: {_EXPECTED}"
+            )
+        return Line(number, name, prompt, replace(defaults, **sampling_fields(value)))
+    except LlamaError as error:
+        return Line(number, name, error=str(error))
+
+
+def _read_openai(number: int, value: dict[str, Any], defaults: SamplingParams) -> Line:
+    call = openai.Call.of(value)
+    try:
+        prompt, given, theirs = openai.read_body(value)
+        with openai.in_their_words(theirs):
+            return Line(number, prompt=prompt, params=replace(defaults, **given), call=call)
+    except LlamaError as error:
+        return Line(number, error=str(error), call=call)
+
+
+def sampling_fields(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object's sampling fields, without those that are null; raises ParameterError for any that is none."""
+    check_names(value)
+    return {name: field for name, field in value.items() if field is not None}
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ParameterError, with what may be meant, for a name that is no sampling field's."""
+    for name in names:
+        if name not in SAMPLING_FIELDS:
+            near = nearest(name, SAMPLING_FIELDS)
+            raise ParameterError(f"unknown field {name!r}" + (f": did you mean {near!r}?" if near else ""))
+
+
+def repeated_id(path: str) -> str | None:
+    """Which custom_id of OpenAI's lines stands on two lines of a file, and on which; 16 bytes of memory a line."""
+    import numpy  # here: a file of plain prompts needs none
+
+    digests, numbers = array("Q"), array("Q")
+    for number, data in numbered_lines(path):
+        if b'"custom_id"' in data and (name := _custom_id(data)) is not None:
+            digest = blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
+            digests.append(int.from_bytes(digest, "little"))
+            numbers.append(number)
+    keys = numpy.frombuffer(digests, numpy.uint64) if digests else numpy.empty(0, numpy.uint64)
+    order = numpy.argsort(keys, kind="stable")
+    again = numpy.flatnonzero(keys[order][1:] == keys[order][:-1])
+    if not len(again):
+        return None
+    place = min(again, key=lambda at: order[at + 1])
+    first, second = numbers[order[place]], numbers[order[place + 1]]
+    name = next(_custom_id(data) for number, data in numbered_lines(path) if number == first)
+    more = f", {len(again) - 1} more lines repeat one" if len(again) > 1 else ""
+    return f"custom_id {name!r:.60} stands on line {first} and on line {second}{more}: every line is answered"
+
+
+def _custom_id(data: bytes) -> str | None:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    name = value.get("custom_id") if isinstance(value, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def result_line(line: Line, result: Any, tokenizer: Tokenizer) -> bytes:
+    """The line of the output for a prediction, or for the LlamaError that came instead: always the same bytes."""
+    if isinstance(result, LlamaError):
+        return error_line(replace(line, error=str(result)))
+    if line.call:
+        return _encode(openai.response(line.number, line.call, result, tokenizer))
+    return _encode({"line": line.number, "id": line.id, **_fields(result)})
+
+
+def error_line(line: Line) -> bytes:
+    if line.call:
+        return _encode(openai.failure(line.number, line.call, line.error or ""))
+    return _encode({"line": line.number, "id": line.id, "error": line.error})
+
+
+def line_number(record: bytes) -> int | None:
+    """Which line of the input a whole line of the output belongs to; None where it is torn."""
+    try:
+        value = json.loads(record)
+    except (ValueError, RecursionError):
+        return None
+    if not record.endswith(b"\n") or not isinstance(value, dict):
+        return None
+    number = value.get("line", openai.line_number(value))
+    return number if type(number) is int and number > 0 else None
+
+
+def is_failure(record: bytes) -> bool:
+    """Whether a line of the output says that its request failed."""
+    value = json.loads(record)
+    return value.get("error") is not None or openai.is_failure(value)
+
+
+def _fields(result: dict[str, Any]) -> dict[str, Any]:
+    """What of a prediction is the same in every run: not its times."""
+    generation = result["generation"]
+    text = generation if isinstance(generation, str) else generation["content"]
+    kept = {
+        key: value
+        for key, value in result.items()
+        if key not in ("generation", "samples", "time", "time_to_first_token")
+    }
+    if "samples" in result:
+        kept["samples"] = [_fields(sample) for sample in result["samples"]]
+    return {"text": text, **kept}
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    try:
+        return json_line(record).encode() + b"\n"
+    except UnicodeEncodeError:  # an id with half a surrogate pair
+        return json.dumps(record).encode() + b"\n"
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a text file, one prompt each; blank lines are left out. Raises PromptError where it is no text."""
+    return [_text(path, number, data) for number, data in numbered_lines(path)]
+
+
+def read_dialogs(path: str) -> list[list[Any]]:
+    """The dialogs of a JSON-lines file: lists of messages, or objects with "messages". Raises PromptError by line."""
+    return [_dialog(path, number, _text(path, number, data)) for number, data in numbered_lines(path)]
+
+
+def _text(path: str, number: int, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        place = f"{error.reason} at byte {error.start} of line {number}"
+        raise PromptError(f"prompts file {path} is not UTF-8 text ({place})") from None
+
+
+def _dialog(path: str, number: int, line: str) -> list[Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{path} line {number} is not JSON ({error}): expected a list of messages") from None
+    dialog = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(dialog, list):
+        raise PromptError(f'{path} line {number} is not a list of messages, nor {{"messages": […]}}')
+    return dialog

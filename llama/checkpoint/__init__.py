@@ -1,0 +1,1 @@
+"""Checkpoints in files: opened, checked, described, loaded and written."""

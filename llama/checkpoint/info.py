@@ -1,0 +1,181 @@
+"""What a checkpoint is, and what of it fits on this machine; its weights stay unread on the disk."""
+
+import math
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from llama.checkpoint import memory
+from llama.checkpoint.files import find_shards, open_checkpoint, stored_dtype
+from llama.checkpoint.layout import expected_shapes, process_counts
+from llama.device import choose_dtype
+from llama.gate import one_line
+from llama.model.transformer import ModelArgs
+from llama.wording import either, in_units
+
+
+class ShardInfo(TypedDict):
+    file: str
+    bytes: int
+
+
+class DeviceInfo(TypedDict):
+    """What one device has, and what one process would need on it, in the dtype it would run in."""
+
+    device: str
+    total_bytes: int
+    free_bytes: int
+    dtype: str
+    weights_bytes: int
+    cache_bytes: int
+    workspace_bytes: int
+    fits: bool
+    largest_batch_size: int  # with sequences of max_seq_len; 0: not even one fits
+    devices_for_one_sequence: int | None  # so many like it hold one together; None: no split is fine enough
+
+
+class Info(TypedDict):
+    """A checkpoint in numbers; bytes outside `devices` are those of the stored dtype."""
+
+    folder: str
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    ignored_params: list[str]
+    parameters: int
+    dtype: str
+    quantize: str | None
+    shards: list[ShardInfo]
+    processes: list[int]  # the numbers that it can be split over
+    max_seq_len: int
+    max_batch_size: int
+    weights_bytes: int
+    cache_bytes: int
+    devices: list[DeviceInfo]
+
+
+def describe(folder: Path, max_seq_len: int, max_batch_size: int) -> Info:
+    """What the files of `folder` say, and what of it fits on each device of this machine; nothing is loaded.
+
+    Raises ParameterError for sizes below 1, CheckpointError as loading would.
+    """
+    memory.check_sizes(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    args, ignored, shards = open_checkpoint(folder)
+    args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
+    stored = stored_dtype(shards)
+    needed = memory.need(args, stored, 1, memory.STEP_TOKENS)
+    return Info(
+        folder=str(folder),
+        dim=args.dim,
+        n_layers=args.n_layers,
+        n_heads=args.n_heads,
+        n_kv_heads=args.kv_heads,
+        head_dim=args.head_dim,
+        hidden_dim=args.hidden_dim,
+        vocab_size=args.vocab_size,
+        norm_eps=args.norm_eps,
+        rope_theta=args.rope_theta,
+        ignored_params=ignored,
+        parameters=sum(math.prod(shape) for shape in expected_shapes(args).values()),
+        dtype=_name(stored),
+        quantize=args.quantize,
+        shards=[ShardInfo(file=path.name, bytes=path.stat().st_size) for path in find_shards(folder)],
+        processes=process_counts(args),
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        weights_bytes=needed.weights,
+        cache_bytes=needed.cache_per_token * max_seq_len * max_batch_size,
+        devices=[_on(device, args, stored) for device in _devices()],
+    )
+
+
+def _devices() -> list[torch.device]:
+    found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append(torch.device("mps"))
+    return [*found, torch.device("cpu")]
+
+
+def _on(device: torch.device, args: ModelArgs, stored: torch.dtype) -> DeviceInfo:
+    free, dtype, step = memory.free_bytes(device), choose_dtype(stored, device), memory.step_tokens(device)
+    needed = memory.need(args, dtype, 1, step)
+    enough = (n for n in process_counts(args) if memory.need(args, dtype, n, step).room(free) >= args.max_seq_len)
+    largest = max(0, needed.room(free) // args.max_seq_len)
+    return DeviceInfo(
+        device=str(device),
+        total_bytes=memory.total_bytes(device),
+        free_bytes=free,
+        dtype=_name(dtype),
+        weights_bytes=needed.weights,
+        cache_bytes=needed.cache_per_token * args.max_seq_len * args.max_batch_size,
+        workspace_bytes=needed.workspace,
+        fits=largest >= args.max_batch_size,
+        largest_batch_size=largest,
+        devices_for_one_sequence=next(enough, None),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------------ for people
+
+
+def text(info: Info) -> str:
+    """The same for people: the checkpoint, a line for each fact, then a table with a column for each device."""
+    sequences = "1 sequence" if info["max_batch_size"] == 1 else f"{info['max_batch_size']} sequences"
+    facts = {
+        "checkpoint": info["folder"],
+        "files": _files(info["shards"]),
+        "parameters": f"{info['parameters']:,} in {_stored(info)}: {in_units(info['weights_bytes'])}",
+        "layers": f"{info['n_layers']} of dim {info['dim']}, hidden dim {info['hidden_dim']}",
+        "heads": f"{info['n_heads']} of {info['head_dim']}, {info['n_kv_heads']} kv heads",
+        "vocabulary": f"{info['vocab_size']} tokens",
+        "constants": f"norm_eps {info['norm_eps']:g}, rope_theta {info['rope_theta']:.10g}",
+        "params.json": f"ignored: {', '.join(info['ignored_params'])}" if info["ignored_params"] else "",
+        "processes": either(info["processes"]),
+        "KV cache": f"{in_units(info['cache_bytes'])} for {sequences} of {info['max_seq_len']} tokens",
+    }
+    lines = [f"{name:<12}  {one_line(fact)}" for name, fact in facts.items() if fact]
+    return "\n".join([*lines, "", *_table(info["devices"])])
+
+
+def _stored(info: Info) -> str:
+    return f"{info['quantize']} and {info['dtype']}" if info["quantize"] else info["dtype"]
+
+
+def _files(shards: list[ShardInfo]) -> str:
+    sizes = dict.fromkeys(in_units(shard["bytes"]) for shard in shards)
+    return f"{len(shards)} shard{'s' if len(shards) > 1 else ''} of {' or '.join(sizes)}"
+
+
+def _table(devices: list[DeviceInfo]) -> list[str]:
+    """A row for each fact, as wide as the widest of its column."""
+    rows = [
+        ("on this machine", [device["device"] for device in devices]),
+        ("memory", [in_units(device["total_bytes"]) for device in devices]),
+        ("free", [in_units(device["free_bytes"]) for device in devices]),
+        ("runs in", [device["dtype"] for device in devices]),
+        ("weights", [in_units(device["weights_bytes"]) for device in devices]),
+        ("KV cache", [in_units(device["cache_bytes"]) for device in devices]),
+        ("workspace", [in_units(device["workspace_bytes"]) for device in devices]),
+        ("fits", ["yes" if device["fits"] else "no" for device in devices]),
+        ("largest max_batch_size", [str(device["largest_batch_size"] or "none") for device in devices]),
+    ]
+    if not all(device["largest_batch_size"] for device in devices):
+        needed = [device["devices_for_one_sequence"] for device in devices]
+        rows.append(("such devices for 1 sequence", [str(n or "no number") for n in needed]))
+    first = max(len(name) for name, _ in rows)
+    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
+    return [
+        f"{name:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for name, cells in rows
+    ]

@@ -1,0 +1,128 @@
+"""What a checkpoint holds: the name, whole shape, split axis and format of every tensor in Meta's layout.
+
+Opening, filling, the estimate of memory, `info` and the writer all ask here.
+"""
+
+from llama.checkpoint.resharding import possible_sizes
+from llama.errors import CheckpointError, DeviceError
+from llama.model.args import ModelArgs
+from llama.quantization.formats import FORMATS
+from llama.wording import either
+
+# The matrices that are joined while they are read, in the order of their rows.
+JOINED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
+IGNORED = {"rope.freqs"}  # old files carry the RoPE frequencies, which are computed here
+
+KEPT = {"tok_embeddings", "norm", "attention_norm", "ffn_norm"}
+
+# The axis along which Meta's model parallelism splits each weight; None: every process has it whole.
+SPLIT_AXIS = {
+    "tok_embeddings": 1, "output": 0, "norm": None, "attention_norm": None, "ffn_norm": None,
+    "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0,
+}  # fmt: skip
+
+
+def split_axis(name: str) -> int | None:
+    """The axis of a parameter, or of a quantised one's scales, by its name ("layers.0.attention.wq.weight" → 0).
+
+    Raises CheckpointError for a name that Llama-2 does not have: how it is split cannot be guessed.
+    """
+    parts = name.split(".")
+    if len(parts) < 2 or parts[-1] not in ("weight", "scales") or parts[-2] not in SPLIT_AXIS:
+        raise CheckpointError(f"{name!r} is not a parameter of Llama-2, so how it is split is not known")
+    return SPLIT_AXIS[parts[-2]]
+
+
+def format_of(name: str, quantize: str | None) -> str | None:
+    """The format of a parameter, by its checkpoint name, in a checkpoint quantised as `quantize`; None: as it is."""
+    kind = name.split(".")[-2]
+    if quantize is None or kind in KEPT:
+        return None
+    assert kind in SPLIT_AXIS
+    return "int8" if kind == "output" else quantize
+
+
+def scales_of(name: str) -> str:
+    """The name of a matrix's scales: layers.0.attention.wq.weight → layers.0.attention.wq.scales."""
+    return name.removesuffix("weight") + "scales"
+
+
+def quantized_shapes(shapes: dict[str, tuple[int, ...]], quantize: str | None) -> dict[str, tuple[int, ...]]:
+    """Name → whole shape of every tensor on disk, from those of the parameters."""
+    if quantize is None:
+        return shapes
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if form := format_of(name, quantize):
+            stored[name], stored[scales_of(name)] = FORMATS[form].shapes(*shape)
+        else:
+            stored[name] = shape
+    return stored
+
+
+def check_groups(shapes: dict[str, tuple[int, ...]], quantize: str | None, processes: int) -> None:
+    """Raise CheckpointError unless each process's part of every matrix is made of whole groups."""
+    for name, shape in shapes.items():
+        if form := format_of(name, quantize):
+            group = FORMATS[form].group
+            inputs = shape[1] // processes if split_axis(name) == 1 else shape[1]
+            if inputs % group:
+                raise CheckpointError(
+                    f"{name} has {inputs} inputs in each of {processes} processes, but {quantize} needs a multiple of"
+                    f" {group}: run it without quantize, or on fewer processes"
+                )
+
+
+def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Every parameter's name on disk and its whole shape, before any split."""
+    q, kv = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
+    layer = {
+        "attention.wq": (q, args.dim), "attention.wk": (kv, args.dim), "attention.wv": (kv, args.dim),
+        "attention.wo": (args.dim, q), "feed_forward.w1": (args.hidden_dim, args.dim),
+        "feed_forward.w2": (args.dim, args.hidden_dim), "feed_forward.w3": (args.hidden_dim, args.dim),
+        "attention_norm": (args.dim,), "ffn_norm": (args.dim,),
+    }  # fmt: skip
+    shapes = {"tok_embeddings.weight": (args.vocab_size, args.dim), "norm.weight": (args.dim,),
+              "output.weight": (args.vocab_size, args.dim)}  # fmt: skip
+    for i in range(args.n_layers):
+        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
+def stored_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Every tensor's name on disk and its whole shape: a quantised matrix is two, its integers and its scales."""
+    return quantized_shapes(expected_shapes(args), args.quantize)
+
+
+def shard_shape(name: str, whole: tuple[int, ...], shards: int) -> tuple[int, ...]:
+    """What one of `shards` holds of a parameter of shape `whole`."""
+    axis = split_axis(name)
+    return tuple(length // shards if i == axis else length for i, length in enumerate(whole))
+
+
+def process_counts(args: ModelArgs) -> list[int]:
+    """The numbers of processes that the model can be split over, ascending."""
+    return possible_sizes(*_split_lengths(args).values())
+
+
+def _split_lengths(args: ModelArgs) -> dict[str, int]:
+    return {"heads": args.n_heads, "kv heads": args.kv_heads, "dim": args.dim, "hidden dim": args.hidden_dim,
+            "vocabulary": args.vocab_size}  # fmt: skip
+
+
+def check_split(args: ModelArgs, shards: int, processes: int, do: str = "start") -> None:
+    """Raise DeviceError, which says to `do` with the numbers that would do, unless the model splits so."""
+    for name, length in _split_lengths(args).items():
+        if length % processes:
+            what = f"{length} {name}" if "heads" in name else f"the {name} of {length}"
+            counted = f"{shards} shard{'s' if shards > 1 else ''}"
+            ways = f"{do} {either(process_counts(args))}"
+            raise DeviceError(f"{counted}, but {what} cannot be split over {processes} processes: {ways}")
+
+
+def sources(name: str) -> list[str]:
+    """The names on disk that a parameter of the model is joined from, in the order of its rows."""
+    for joined, parts in JOINED.items():
+        if f".{joined}." in name:
+            return [name.replace(joined, part) for part in parts]
+    return [name]

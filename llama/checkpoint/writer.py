@@ -1,0 +1,221 @@
+"""Checkpoint folders in Meta's layout, written one tensor at a time: peak memory is a tensor, not a shard.
+
+A .pth file is an uncompressed zip archive: `data.pkl` is the pickled table of its tensors, in which the bytes of each
+go by a number; the record `data/<number>` is those bytes, from a multiple of 64 on, so that they can be memory-mapped.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.checklist import format_checklist, md5
+from llama.checkpoint.files import open_checkpoint
+from llama.checkpoint.layout import (
+    IGNORED,
+    check_groups,
+    check_split,
+    expected_shapes,
+    format_of,
+    shard_shape,
+    stored_shapes,
+)
+from llama.checkpoint.loader import read_slice
+from llama.checkpoint.pth_writer import Tensors, write_shard
+from llama.errors import CheckpointError, ParameterError
+from llama.kernels import quantized
+from llama.paths import kind, read
+from llama.progress import bar_of_bytes
+from llama.quantization.formats import FORMATS, check_format
+from llama.wording import in_units
+
+MOST_SHARDS = 100  # consolidated.00.pth … consolidated.99.pth
+COPIED = ("params.json", "tokenizer.model")
+_MOST_BYTES = 1 << 26  # of each of them
+NEW = "choose a folder that is new or empty"
+
+
+def reshard(folder: Path, out: Path, processes: int, *, progress: bool = True) -> list[Path]:
+    """Write the checkpoint of `folder` anew in the folder `out`, in one shard for each process; returns their paths.
+
+    Dtypes and params.json stay as they are; a tokenizer.model that lies in `folder` comes along. What can be checked is
+    checked first. Raises CheckpointError where a file cannot be read or written, and leaves nothing then, DeviceError
+    where the model cannot be split.
+    """
+    if type(processes) is not int or not 1 <= processes <= MOST_SHARDS:
+        raise ParameterError(
+            f"model_parallel_size={processes!r} is out of range: expected an integer from 1 to {MOST_SHARDS}"
+        )
+    args, _, shards = open_checkpoint(folder)
+    check_split(args, len(shards), processes, "choose")
+    _check_dtypes(shards, folder)
+    _check_other(out, folder)
+    check_groups(expected_shapes(args), args.quantize, processes)
+    shapes = stored_shapes(args)
+    layout = {
+        name: torch.empty(shard_shape(name, whole, processes), dtype=shards[0][name].dtype, device="meta")
+        for name, whole in shapes.items()
+    }
+
+    def contents(rank: int, name: str) -> Tensor:
+        tensor = torch.empty_like(layout[name], device="cpu")
+        read_slice(tensor, name, shapes[name], shards, processes, rank)
+        return tensor
+
+    files = {name: _read(folder / name) for name in COPIED if (folder / name).exists()}
+    return write_folder(out, [layout] * processes, contents, files, progress=progress)
+
+
+def quantize(folder: Path, out: Path, name: str, *, progress: bool = True) -> list[Path]:
+    """Write the checkpoint of `folder` anew in the folder `out`, its matrices in the weight format `name`.
+
+    As many shards as before; params.json gets "quantize". Raises as `reshard` does, and ParameterError for no format.
+    """
+    check_format(name)
+    args, _, shards = open_checkpoint(folder)
+    if args.quantize:
+        raise CheckpointError(f"{folder} is quantised already, as {args.quantize}: quantise what it was made from")
+    _check_other(out, folder)
+    _check_dtypes(shards, folder)
+    whole, count = expected_shapes(args), len(shards)
+    check_groups(whole, name, count)
+    args.quantize = name
+    layout = {
+        stored: torch.empty(shard_shape(stored, shape, count), dtype=_dtype(stored, name, shards[0]), device="meta")
+        for stored, shape in stored_shapes(args).items()
+    }
+
+    @lru_cache(maxsize=1)  # a matrix's scales are asked for right after its integers
+    def matrix(number: int, weight: str) -> tuple[Tensor, Tensor]:
+        return quantized.quantize(shards[number][weight], format_of(weight, name))
+
+    def contents(number: int, stored: str) -> Tensor:
+        if format_of(stored, name) is None:
+            return shards[number][stored]
+        return matrix(number, stored.removesuffix("scales").removesuffix("weight") + "weight")[
+            stored.endswith("scales")
+        ]
+
+    files = {file: _read(folder / file) for file in COPIED if (folder / file).exists()}
+    files["params.json"] = json.dumps({**json.loads(files["params.json"]), "quantize": name}).encode()
+    return write_folder(out, [layout] * count, contents, files, progress=progress)
+
+
+def _dtype(stored: str, name: str, tensors: Tensors) -> torch.dtype:
+    form = format_of(stored, name)
+    if form is None:
+        return tensors[stored].dtype
+    return torch.float16 if stored.endswith("scales") else getattr(torch, FORMATS[form].dtype)
+
+
+def _check_other(out: Path, folder: Path) -> None:
+    if out.resolve() == folder.resolve():
+        raise CheckpointError(f"{out} is the checkpoint to read: {NEW}")
+
+
+def write_folder(
+    out: Path,
+    layouts: list[Tensors],
+    contents: Callable[[int, str], Tensor],
+    files: dict[str, bytes],
+    *,
+    progress: bool = True,
+) -> list[Path]:
+    """Write a shard for each of `layouts`, the small `files`, and checklist.chk with the sums of both: all, or nothing.
+
+    `contents(number of the shard, name)` gives each tensor, as for `write_shard`. The folder must be new or empty.
+    Returns the paths of the shards. Raises CheckpointError where the disk has no room, or refuses.
+    """
+    size = sum(like.nbytes for layout in layouts for like in layout.values()) + sum(map(len, files.values()))
+    names = [f"consolidated.{number:02d}.pth" for number in range(len(layouts))]
+    with _said_in_one_line(out):
+        _check_target(out, size)
+        # As long as consolidated.00.pth or params.json is missing, nobody takes the folder for a checkpoint.
+        with (
+            _all_or_nothing(out, [*reversed(names), *files, "checklist.chk"]) as places,
+            bar_of_bytes("writing", size, quiet=not progress) as move,
+        ):
+            sums = {}
+            for number, (name, layout) in enumerate(zip(names, layouts, strict=True)):
+                sums[name] = write_shard(places[name], layout, partial(contents, number), move)
+            for name, data in files.items():
+                places[name].write_bytes(data)
+                sums[name] = md5(data).hexdigest()
+                move(len(data), name)
+            places["checklist.chk"].write_text(format_checklist(sums))
+    return [out / name for name in names]
+
+
+def _check_dtypes(shards: list[Tensors], folder: Path) -> None:
+    for number, tensors in enumerate(shards):
+        for name, tensor in tensors.items():
+            path = folder / f"consolidated.{number:02d}.pth"
+            if name not in IGNORED and tensor.dtype != shards[0][name].dtype:
+                raise CheckpointError(
+                    f"{path} has {name} in {tensor.dtype}, consolidated.00.pth in {shards[0][name].dtype}: these are"
+                    " shards of different checkpoints"
+                )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read(path, _MOST_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _check_target(out: Path, size: int) -> None:
+    found = kind(out)
+    if found not in (None, "a folder"):
+        raise CheckpointError(f"{out} is {found}: {NEW}")
+    held = sorted(path.name for path in out.iterdir()) if found else []
+    if held:
+        raise CheckpointError(f"{out} is not empty, it holds {held[0]}: {NEW}")
+    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+    if size > free:
+        raise CheckpointError(
+            f"{out} needs {in_units(size)}, but {in_units(free)} is free on its disk: make room, or choose another"
+        )
+
+
+@contextmanager
+def _said_in_one_line(out: Path) -> Iterator[None]:
+    """What the system says against writing, such as that the disk is full, becomes a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise CheckpointError(
+            f"{out} could not be written ({reason}), nothing is left of it: mend that, or choose another folder"
+        ) from None
+
+
+@contextmanager
+def _all_or_nothing(out: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+    """Name → where the block is to write that file; afterwards each gets its name within `out`, in this order.
+
+    Whatever fails, or interrupts it: the files are removed, and the folders that were made for them.
+    """
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    places = {name: out / f"{name}.partial" for name in names}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield places
+        for name, place in places.items():
+            place.rename(out / name)
+    except BaseException:
+        with suppress(OSError):
+            for name, place in places.items():
+                place.unlink(missing_ok=True)
+                (out / name).unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
+        raise
+
+
+# --------------------------------------------------------------------------------------------------- one .pth file

@@ -1,0 +1,1 @@
+"""The llama command: its words in, its text out."""

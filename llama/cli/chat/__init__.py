@@ -1,0 +1,1 @@
+"""A talk with a chat model in a terminal."""

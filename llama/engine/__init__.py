@@ -1,0 +1,1 @@
+"""Requests → tokens: which tokens each step computes, and what is chosen from its logits."""

@@ -1,0 +1,386 @@
+"""The loop: plan → `Step` → model → sample → tokens to their requests."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama import parallel
+from llama.engine.beam_search import beam_search
+from llama.engine.decode_loop import DecodeLoop, Row, Tokens, can_loop
+from llama.engine.sampling import adjust, no_token, noise_key, sample, top_logprobs, uniform
+from llama.engine.scheduler import Chunk, Scheduler, Sequence
+from llama.errors import NumericalError, ParameterError, PromptError
+from llama.interrupts import let_through
+from llama.kernels.ops import choose
+from llama.model.step import Step
+from llama.model.transformer import Transformer
+from llama.request import Completion, FinishReason, Request
+
+Observer = Callable[[Request], None]  # called after each token of a request, and when it ends
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A decode step that was launched and not read yet, and whose it is."""
+
+    sequences: list[Sequence]
+    tokens: Tokens
+
+
+class Engine:
+    """Runs any number of requests through `slots` slots of one KV cache, each step packing what can run.
+
+    A step has at most `max_step_tokens` tokens: long prompts are prefilled in chunks of what decoding leaves of it.
+    Beam searches run one at a time, when nothing else does: each has all the slots. What comes after one waits for it.
+    Threads share an engine by way of `Turns`: of itself it is one thread's.
+
+    Where there is a `loop` (on CUDA), steps in which all that runs decodes are launched before the one before them is
+    read. What is then computed for a sequence that has just ended is dropped.
+    """
+
+    def __init__(self, model: Transformer, slots: int, max_seq_len: int, max_step_tokens: int) -> None:
+        self.model = model
+        self.max_seq_len = max_seq_len
+        self.scheduler = Scheduler(slots, max(max_step_tokens, slots))
+        self.cache = model.new_cache(slots, max_seq_len)
+        self.loop = DecodeLoop(model, self.cache) if can_loop(model, self.cache) else None
+        self._ahead: Ahead | None = None
+        self.computed_tokens = 0  # by all steps so far; tokens that came from a shared prefix are not in it
+        self._sequences: dict[Request, Sequence] = {}
+        self._searches: deque[Request] = deque()  # beam searches; the first may be running
+        self._search: Iterator[int] | None = None  # the running one
+        self._observers: dict[Request, Observer] = {}
+        self._noise: dict[Request, bytes] = {}
+
+    @property
+    def idle(self) -> bool:
+        return not self._sequences and not self._searches
+
+    def add(self, request: Request, observer: Observer | None = None) -> None:
+        """Queue a request. Raises PromptError or ParameterError, and queues nothing, where it can never run."""
+        self.check(request)
+        request.added = time.perf_counter()
+        if observer:
+            self._observers[request] = observer
+        if request.params.num_beams > 1:
+            self._searches.append(request)
+            return
+        sequence = Sequence(request, list(request.prompt), reusable=not request.prompt_logprobs)
+        self._sequences[request] = sequence
+        self._noise[request] = noise_key(request.seed, request.prompt)
+        self.scheduler.add(sequence)
+
+    def check(self, request: Request) -> None:
+        """Raise PromptError or ParameterError where a request can never run here."""
+        length, name, vocab = len(request.prompt), request.name, self.model.params.vocab_size
+        if not length:
+            raise PromptError(f"{name} has no tokens: begin it with the tokenizer's bos_id")
+        if set(map(type, request.prompt)) != {int} or min(request.prompt) < 0 or max(request.prompt) >= vocab:
+            wrong = next(t for t in request.prompt if type(t) is not int or not 0 <= t < vocab)
+            raise PromptError(f"{name} has token {wrong!r}: expected ids from 0 to {vocab - 1}")
+        makes_none = request.params.max_gen_len == 0
+        if length + (not makes_none) > self.max_seq_len:
+            found = "more than" if makes_none else "which leaves no room to generate within"
+            raise PromptError(
+                f"{name} has {length} tokens, {found} max_seq_len={self.max_seq_len}: shorten it, or build with a"
+                " larger max_seq_len"
+            )
+        params = request.params
+        if params.num_beams > self.scheduler.slots:
+            raise ParameterError(
+                f"num_beams={params.num_beams} is more than max_batch_size={self.scheduler.slots}: lower it, or build"
+                " with a larger max_batch_size"
+            )
+        if params.num_beams > 1 and request.prompt_logprobs:
+            raise ParameterError(f"{name}: num_beams={params.num_beams} with echo and logprobs: score the prompt apart")
+        listed = {*params.logit_bias, *params.stop_token_ids, *(t for word in params.bad_words for t in word)}
+        if listed and max(listed) >= vocab:
+            raise ParameterError(f"{name}: token {max(listed)} in its parameters; expected ids from 0 to {vocab - 1}")
+
+    def finish(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
+        """End a request now and free its slot; one that has ended already stays as it is."""
+        if request in self._sequences:
+            self.scheduler.remove(self._sequences.pop(request))
+            self._noise.pop(request)
+        elif request in self._searches:
+            if self._search and request is self._searches[0]:
+                self._search = None
+                self.scheduler.give_back_all()
+            self._searches.remove(request)
+        else:
+            return
+        request.finish_reason, request.error, request.finished = reason, error, time.perf_counter()
+        if observer := self._observers.pop(request, None):
+            observer(request)
+
+    def forget(self) -> None:
+        """Forget the prefixes that the slots hold, unless in use: what runs next is computed as in a new engine."""
+        if self.idle:
+            self._ahead = None
+            self.scheduler = Scheduler(self.scheduler.slots, self.scheduler.max_step_tokens)
+
+    def __iter__(self) -> Iterator[Completion]:
+        """Run until nothing is left, yielding each completion when it is finished."""
+        while not self.idle:
+            for request in self.step():
+                if request.finish_reason:
+                    yield completion(request)
+
+    def step(self) -> list[Request]:
+        """Compute one packed step; return the requests that got a token or ended."""
+        parallel.check_process()
+        device = self.model.device  # kernels run where PyTorch is told to be: another model may have told it otherwise
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return self._step()
+
+    def _step(self) -> list[Request]:
+        if self._ahead:
+            return self._land()
+        chunks = self.scheduler.plan(self._searches[0].added if self._searches else math.inf)
+        copies = self.scheduler.copies
+        while copies:
+            self.cache.copy_prefix(copies[0].source, copies[0].target, copies[0].length)
+            copies.popleft()
+        if not chunks:
+            return self._step_search() if self._searches else []
+        looped = self.loop and all(chunk.reaches_end and chunk.stop - chunk.start == 1 for chunk in chunks)
+        if looped and len(chunks) == len(self.scheduler.running) and all(map(_decides_on_device, chunks)):
+            with let_through():
+                self.loop.load([_row(chunk) for chunk in chunks])
+                self._ahead = self._launch([chunk.sequence for chunk in chunks], 0)
+            return self._land()
+        wanted = [_wanted_rows(chunk) for chunk in chunks]
+        with let_through():
+            if looped:
+                logits = self.loop.logits([_row(chunk) for chunk in chunks])
+            else:
+                logits = self.model(_pack(chunks, wanted, self.model.device), self.cache)
+        self.scheduler.commit(chunks)
+        self.computed_tokens += sum(chunk.stop - chunk.start for chunk in chunks)
+        try:
+            return self._give(chunks, wanted, logits)
+        except BaseException:  # Ctrl-C, say: the requests may go on
+            self.scheduler.rewind(chunks)
+            raise
+
+    def _launch(self, sequences: list[Sequence], unread: int) -> Ahead:
+        """Launch a decode step, while the host lacks the last `unread` tokens of each sequence."""
+        noise = [
+            uniform(self._noise[s.request], len(s.tokens) + unread) if s.request.params.temperature else 0.0
+            for s in sequences
+        ]
+        return Ahead(sequences, self.loop.launch(noise))
+
+    def _land(self) -> list[Request]:
+        """Launch the next step, if it is of the same sequences too; then read the last one and hand its tokens out."""
+        landing, self._ahead = self._ahead, None
+        chunks: list[Chunk] = []
+        try:
+            with let_through():
+                if all(map(self._goes_on, landing.sequences)) and not (self.scheduler.waiting and self.scheduler.free):
+                    self._ahead = self._launch(landing.sequences, 1)
+                tokens = zip(landing.sequences, landing.tokens(), strict=True)
+            there = [(sequence, token) for sequence, token in tokens if sequence.request in self._sequences]
+            chunks = [Chunk(sequence, sequence.cached, sequence.cached + 1) for sequence, _ in there]
+            self.scheduler.commit(chunks)
+            self.computed_tokens += len(chunks)
+            for sequence, token in there:
+                if token < 0:
+                    self._fail(sequence)
+                else:
+                    self._give_token(sequence, token)
+        except BaseException:  # Ctrl-C, say: the requests may go on
+            self._ahead = None
+            self.scheduler.rewind(chunks)
+            raise
+        return [sequence.request for sequence, _ in there]
+
+    def _goes_on(self, sequence: Sequence) -> bool:
+        """Whether a sequence may need a token after the one that is on its way."""
+        request = sequence.request
+        ends = request.params.max_gen_len == len(request.tokens) + 1 or len(sequence.tokens) + 1 == self.max_seq_len
+        return request in self._sequences and not ends
+
+    def _step_search(self) -> list[Request]:
+        """One pass of the first beam search; it ends with the last."""
+        request = self._searches[0]
+        if self._search is None:
+            slots = self.scheduler.take_all()
+            self._search = beam_search(self.model, self.cache, request, slots, self.scheduler.max_step_tokens)
+        try:
+            with let_through():
+                self.computed_tokens += next(self._search)
+            return []
+        except StopIteration:
+            self.finish(request, request.finish_reason or "length")
+        except (NumericalError, ParameterError) as error:  # its own; one of the processes is everybody's
+            self.finish(request, "error", error)
+        except BaseException:  # Ctrl-C, say: the search begins anew
+            self._search = None
+            self.scheduler.give_back_all()
+            raise
+        return [request]
+
+    def _give(self, chunks: list[Chunk], wanted: list[range], logits: Tensor) -> list[Request]:
+        """Hand the rows of logits to their requests: scores of prompt tokens, then the next tokens."""
+        best, finite = choose(logits)
+        progressed, deciding, rows, first = [], [], [], 0
+        for chunk, positions in zip(chunks, wanted, strict=True):
+            own = range(first, first + len(positions))
+            first = own.stop
+            request = chunk.sequence.request
+            if not all(finite[row] for row in own):
+                self._fail(chunk.sequence)
+                progressed.append(request)
+                continue
+            if request.prompt_logprobs:
+                _score(request, positions, logits[own.start : own.stop])
+            if not chunk.reaches_end:
+                continue
+            progressed.append(request)
+            if request.params.max_gen_len == 0:
+                self.finish(request, "length")
+            else:
+                deciding.append(chunk.sequence)
+                rows.append(own[-1])
+        if deciding:
+            whole = len(rows) == len(logits)
+            self._decide(deciding, logits if whole else logits[rows], [best[row] for row in rows])
+        return progressed
+
+    def _decide(self, sequences: list[Sequence], logits: Tensor, best: list[int]) -> None:
+        """Choose the next token of each sequence from its row of logits (R, V), `best` the largest of each."""
+        requests = [sequence.request for sequence in sequences]
+        chosen = _choose(requests, [self._noise[request] for request in requests], logits, best)
+        for row, (sequence, token) in enumerate(zip(sequences, chosen, strict=True)):
+            if token is None:
+                self.finish(sequence.request, "error", no_token(sequence.request))
+            else:
+                self._give_token(sequence, token, logits[row])
+
+    def _give_token(self, sequence: Sequence, token: int, logits: Tensor | None = None) -> None:
+        """Hand a sequence its next token, chosen from logits (V,), which only requests for log-probabilities need."""
+        request = sequence.request
+        if request.first_token is None:
+            request.first_token = time.perf_counter()
+        if token in request.stop_tokens:
+            self.finish(request, "stop")
+            return
+        if request.params.logprobs or request.params.top_logprobs:
+            logprobs = torch.log_softmax(logits, dim=-1)
+            tops = top_logprobs(logprobs[None], request.params.top_logprobs) if request.params.top_logprobs else []
+            request.logprobs.append(logprobs[token].item())
+            request.top_logprobs += tops  # all or nothing: where memory is short the step is taken again
+        sequence.tokens.append(token)
+        request.tokens.append(token)
+        if len(request.tokens) == request.params.max_gen_len or len(sequence.tokens) == self.max_seq_len:
+            self.finish(request, "length")
+        elif observer := self._observers.get(request):
+            observer(request)
+
+    def _fail(self, sequence: Sequence) -> None:
+        """End a sequence whose logits are not finite."""
+        sequence.cached = 0  # what its slot holds may be damaged: nobody starts from it
+        self.finish(sequence.request, "error", NumericalError(_not_finite(sequence.request)))
+
+
+def _decides_on_device(chunk: Chunk) -> bool:
+    """Whether all that is wanted of a single token's chunk is the next token, of the logits as they are."""
+    request, params = chunk.sequence.request, chunk.sequence.request.params
+    more = request.prompt_logprobs or params.logprobs or params.top_logprobs or params.max_gen_len == 0
+    return params.plain and not more
+
+
+def _row(chunk: Chunk) -> Row:
+    sequence, params = chunk.sequence, chunk.sequence.request.params
+    return Row(
+        sequence.tokens[-1], sequence.slot, chunk.start, params.temperature, params.top_p, params.top_k, params.min_p
+    )
+
+
+def _wanted_rows(chunk: Chunk) -> range:
+    """The positions of a chunk whose logits are needed: all of a scored prompt's, else the last if it decides."""
+    if chunk.sequence.request.prompt_logprobs:
+        return range(chunk.start, chunk.stop)
+    return range(chunk.stop - 1, chunk.stop) if chunk.reaches_end else range(0)
+
+
+def _pack(chunks: list[Chunk], wanted: list[range], device: torch.device) -> Step:
+    rows, first = [], 0
+    for chunk, positions in zip(chunks, wanted, strict=True):
+        rows += [first + position - chunk.start for position in positions]
+        first += chunk.stop - chunk.start
+    parts = ((c.sequence.slot, c.start, c.sequence.tokens[c.start : c.stop]) for c in chunks)
+    return Step.pack(parts, rows, device)
+
+
+def _choose(requests: list[Request], keys: list[bytes], logits: Tensor, best: list[int]) -> Iterable[int | None]:
+    """The next token of each request; None for one that forbids every token."""
+    greedy = all(request.params.temperature == 0 for request in requests)
+    changed = [row for row, request in enumerate(requests) if not request.params.plain]
+    if not changed:
+        return best if greedy else _sample(requests, keys, logits)
+    logits = logits.clone()
+    for row in changed:
+        request = requests[row]
+        logits[row] = adjust(logits[row], request.params, request.prompt, request.tokens, request.stop_tokens)
+    empty = logits.amax(-1) == -torch.inf
+    logits.masked_fill_(empty[:, None], 0)
+    tokens = choose(logits)[0] if greedy else _sample(requests, keys, logits)
+    return [None if none else token for none, token in zip(empty.tolist(), tokens, strict=True)]
+
+
+def _sample(requests: list[Request], keys: list[bytes], logits: Tensor) -> list[int]:
+    columns = [
+        (r.params.temperature, r.params.top_p, r.params.min_p, uniform(key, len(r.prompt) + len(r.tokens)))
+        for r, key in zip(requests, keys, strict=True)
+    ]
+    numbers = torch.tensor(columns, device=logits.device).T
+    top_k = torch.tensor([r.params.top_k for r in requests], device=logits.device)
+    return sample(logits, numbers, top_k).tolist()
+
+
+def _score(request: Request, positions: range, logits: Tensor) -> None:
+    """Note log p(prompt token t | before t) for the tokens after `positions`, from their rows of logits."""
+    if not request.scores:
+        request.scores.append(None)
+        request.top_scores.append(None)
+    for scores in (request.scores, request.top_scores):
+        del scores[positions.start + 1 :]  # of a step that was interrupted after it had noted them
+    targets = request.prompt[positions.start + 1 : positions.stop + 1]
+    if not targets:
+        return
+    logprobs = torch.log_softmax(logits[: len(targets)], dim=-1)
+    ids = torch.tensor(targets, device=logits.device)
+    request.scores += logprobs.gather(1, ids[:, None])[:, 0].tolist()
+    if request.params.top_logprobs:
+        request.top_scores += top_logprobs(logprobs, request.params.top_logprobs)
+
+
+def _not_finite(request: Request) -> str:
+    return (
+        f"the model gave NaN or infinite logits for {request.name}: the weights are damaged (verify them against their"
+        " checklist), or overflow in this dtype (try float32)"
+    )
+
+
+def completion(request: Request) -> Completion:
+    """The result of a request that has ended."""
+    assert request.finish_reason and request.finished is not None
+    return Completion(
+        request=request,
+        tokens=request.tokens,
+        logprobs=request.logprobs if request.params.logprobs else None,
+        finish_reason=request.finish_reason,
+        seed=request.seed,
+        prompt_tokens=len(request.prompt),
+        completion_tokens=len(request.tokens),
+        time_to_first_token=None if request.first_token is None else request.first_token - request.added,
+        time=request.finished - request.added,
+    )

@@ -1,0 +1,139 @@
+"""From logits and one uniform number a row to tokens and their log-probabilities: pure functions.
+
+Letters in shapes: R rows, V vocabulary.
+"""
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llama.errors import ParameterError
+from llama.kernels.dispatch import gpu_sampling, usable
+from llama.kernels.ops import draw
+from llama.request import Request, SamplingParams
+
+NOISE_BITS = 24  # of a number of noise: as many as float32 has
+WHOLE = 1 << 38  # probability 1 in whole numbers, whose sums are the same in every order; times noise it fits 63 bits
+
+
+def noise_key(seed: int, prompt: Sequence[int]) -> bytes:
+    """The key of a request's noise: another one for another seed or another prompt, whoever shares its batch."""
+    return hashlib.blake2b(struct.pack(f"<Q{len(prompt)}q", seed, *prompt), digest_size=16).digest()
+
+
+def uniform(key: bytes, position: int) -> float:
+    """The request's number in [0, 1) for the token at `position`: a counter-based generator (keyed BLAKE2b)."""
+    digest = hashlib.blake2b(struct.pack("<q", position), digest_size=8, key=key).digest()
+    return (int.from_bytes(digest, "little") >> 64 - NOISE_BITS) * 2.0**-NOISE_BITS
+
+
+def sample(logits: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
+    """Draw a token (R,) int64 for each row of logits (R, V).
+
+    `numbers` (4, R) float32 are each row's temperature, top_p, min_p and noise; `top_k` (R,) int64. Temperature 0 takes
+    the largest logit. The filters are those of `SamplingParams`, ties going to the lower token; of the kept tokens, in
+    the order of their ids, the one is taken in which noise · kept mass falls.
+    """
+    return draw(logits, numbers, top_k) if usable(logits) else sample_all(logits, numbers, top_k)
+
+
+def sample_all(logits: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
+    """The same without the kernels for a CPU. The host never waits for the device, so a CUDA graph may hold it."""
+    drawn = numbers[0] > 0
+    # Less the largest first: divided by a tiny temperature it would be infinite.
+    spread = logits - logits.amax(-1, keepdim=True)
+    probs = torch.softmax(spread / torch.where(drawn, numbers[0], 1.0)[:, None], dim=-1)
+    gpu = gpu_sampling(logits.device)
+    tokens = gpu.draw(probs, numbers, top_k) if gpu else _draw_sorted(probs, numbers, top_k)
+    return torch.where(drawn, tokens, logits.argmax(-1))
+
+
+def _draw_sorted(probs: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
+    """Draw from what the filters keep of probs (R, V), by PyTorch's operators."""
+    _, top_p, min_p, noise = numbers
+    return _draw(torch.where(_kept(probs, top_p, top_k, min_p), probs, 0.0), noise)
+
+
+def _kept(probs: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
+    """Which tokens of probs (R, V) the filters keep, told by a stable sort."""
+    best, order = torch.sort(probs, dim=-1, descending=True, stable=True)
+    rank, shares = torch.arange(probs.shape[1], device=probs.device), _shares(best)
+    limited = top_k > 0
+    kept = ~limited[:, None] | (rank < top_k[:, None])
+    cumulative = torch.where(kept, shares, 0).cumsum(-1)
+    # What top_k keeps is renormalised before top_p; without it a row's mass is 1, however its sum is rounded.
+    mass = torch.where(limited, cumulative[:, -1], WHOLE)
+    kept &= cumulative - shares <= (top_p * mass)[:, None]
+    kept &= best >= min_p[:, None] * best[:, :1]
+    kept |= ((top_p == 1) & ~limited & (min_p == 0))[:, None]
+    return torch.empty_like(kept).scatter_(1, order, kept)
+
+
+def _draw(probs: Tensor, noise: Tensor) -> Tensor:
+    """Draw from all of probs (R, V), in the order of the tokens.
+
+    Not in the order of probability: there a rounding error that swaps two like tokens would change the draw.
+    """
+    cumulative = _shares(probs).cumsum(-1)
+    target = (noise[:, None] * 2**NOISE_BITS).long() * cumulative[:, -1:] >> NOISE_BITS
+    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return drawn.clamp(max=probs.shape[1] - 1)  # beyond, where logits are not finite: such rows are refused later
+
+
+def _shares(probs: Tensor) -> Tensor:
+    """Probabilities as integers. A GPU adds a row's numbers in parts, and of a single row in another order each time.
+
+    Rounded, a sum could also grow at a token of probability 0, which might then be drawn.
+    """
+    return (probs * WHOLE).round().long()
+
+
+def adjust(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], made: Sequence[int], stop_tokens: frozenset[int]
+) -> Tensor:
+    """One row of logits (V,) after the request's bias, penalties and bans (the order is in `SamplingParams`)."""
+    logits = logits.clone()
+
+    def at(tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+
+    if params.logit_bias:
+        logits[at(list(params.logit_bias))] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    if params.repetition_penalty != 1:
+        seen = at(sorted({*prompt, *made}))
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if made and (params.presence_penalty or params.frequency_penalty):
+        counts = Counter(made)
+        amount = torch.tensor(list(counts.values()), dtype=torch.float32, device=logits.device)
+        logits[at(list(counts))] -= params.presence_penalty + params.frequency_penalty * amount
+    banned = _banned(params.bad_words, prompt, made)
+    if len(made) < params.min_gen_len:
+        banned |= stop_tokens
+    if banned:
+        logits[at(sorted(banned))] = -torch.inf
+    return logits
+
+
+def no_token(request: Request) -> ParameterError:
+    """The error of a request that forbids every token somewhere."""
+    return ParameterError(
+        f"{request.name}: its logit_bias, bad_words and min_gen_len forbid every token at some place: allow one"
+    )
+
+
+def _banned(bad_words: Sequence[Sequence[int]], prompt: Sequence[int], made: Sequence[int]) -> set[int]:
+    """The tokens that would complete a bad word now."""
+    reach = max((len(word) - 1 for word in bad_words), default=0)
+    tail = (*prompt[max(0, len(prompt) - reach) :], *made)
+    return {word[-1] for word in bad_words if len(word) == 1 or tail[-(len(word) - 1) :] == tuple(word[:-1])}
+
+
+def top_logprobs(logprobs: Tensor, k: int) -> list[dict[int, float]]:
+    """Per row of log-probabilities (R, V) the k most probable tokens, best first."""
+    values, ids = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
+    return [dict(zip(row_ids, row, strict=True)) for row_ids, row in zip(ids.tolist(), values.tolist(), strict=True)]

@@ -1,0 +1,38 @@
+"""What a checkpoint's params.json says of its model."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ModelArgs:
+    """What params.json says, by its own names, and the room for sequences."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # −1: the tokenizer's
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    quantize: str | None = None  # how the matrices are stored and held; see weight_format
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+    kv_dtype: str | None = None  # of the cache; None: as the weights
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Of the feed-forward: two thirds of 4 · dim, scaled, rounded up to a multiple of `multiple_of`."""
+        hidden = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * -(-hidden // self.multiple_of)

@@ -1,0 +1,53 @@
+"""`KVCache`: the keys and values of every slot, for every layer."""
+
+import torch
+from torch import Tensor
+
+from llama.errors import DeviceError, ParameterError
+
+FLOAT8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of fraction, up to 448
+ADA = (8, 9)  # the least compute capability that converts it
+
+
+def check_kv_dtype(kv_dtype: str | None, device: torch.device) -> None:
+    """Raise ParameterError unless it is "fp8", or None: as the weights; DeviceError where the device has no such."""
+    if kv_dtype not in (None, "fp8"):
+        raise ParameterError(f"kv_dtype={kv_dtype!r} is not a format of the KV cache: use fp8, or leave it out")
+    too_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < ADA
+    if kv_dtype and (too_old or device.type == "mps"):
+        raise DeviceError(
+            f"kv_dtype='fp8' needs a CUDA GPU from Ada or Hopper on, or a CPU, not {device}: leave it out"
+        )
+
+
+class KVCache:
+    """Per layer one tensor of keys and one of values, (K kv heads, S slots, P positions, D head_dim).
+
+    A slot's keys of one head are contiguous, and (S, P) folds into one axis of token rows: the row of a slot's
+    position is slot · P + position. The memory is allocated once and not cleared: readers take views up to the
+    length that was written. `float8` holds them in half of 16 bits, each rounded to 4 significant bits.
+    """
+
+    def __init__(
+        self, n_layers: int, n_kv_heads: int, slots: int, max_seq_len: int, head_dim: int, dtype: torch.dtype,
+        device: torch.device, float8: bool = False,
+    ) -> None:  # fmt: skip
+        shape, held = (n_kv_heads, slots, max_seq_len, head_dim), FLOAT8 if float8 else dtype
+        self.keys = [torch.empty(shape, dtype=held, device=device) for _ in range(n_layers)]
+        self.values = [torch.empty(shape, dtype=held, device=device) for _ in range(n_layers)]
+        self.dtype = dtype  # of what is computed with it
+        self.slots = slots
+        self.max_seq_len = max_seq_len
+
+    def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """The token rows (N,) of N slots and positions: the same for every layer, so computed once a step."""
+        return slots * self.max_seq_len + positions
+
+    def view(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
+        """The slot's first `length` keys and values, each (K, length, D), in `dtype`: without a copy unless float8."""
+        return self.keys[layer][:, slot, :length].to(self.dtype), self.values[layer][:, slot, :length].to(self.dtype)
+
+    def copy_prefix(self, source: int, target: int, length: int, start: int = 0) -> None:
+        """Make positions start … length − 1 of slot `target` equal to those of slot `source`."""
+        for tensor in (*self.keys, *self.values):
+            tensor[:, target, start:length] = tensor[:, source, start:length]

@@ -1,0 +1,47 @@
+"""What callers get: the dicts of completions, answers and scores."""
+
+from typing import TypedDict
+
+from llama.chat import Message
+from llama.request import FinishReason
+
+
+class TopLogprob(TypedDict):
+    token: int
+    piece: str
+    logprob: float
+
+
+class Result(TypedDict, total=False):
+    """What every prediction carries; `tokens`, `token_ids` and `logprobs` where asked, `samples` where n > 1."""
+
+    tokens: list[str]
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[list[TopLogprob]]
+    finish_reason: FinishReason
+    seed: int
+    prompt_tokens: int
+    completion_tokens: int
+    time_to_first_token: float | None  # seconds since the request was added
+    time: float  # seconds in all
+
+
+class CompletionPrediction(Result, total=False):
+    generation: str
+    samples: list["CompletionPrediction"]
+
+
+class ChatPrediction(Result, total=False):
+    generation: Message
+    samples: list["ChatPrediction"]
+
+
+class Score(TypedDict):
+    """A text's tokens and log p(token t | tokens before t), the first None; perplexity is None for a lone token."""
+
+    tokens: list[int]
+    pieces: list[str]
+    logprobs: list[float | None]
+    top_logprobs: list[list[TopLogprob] | None] | None
+    perplexity: float | None

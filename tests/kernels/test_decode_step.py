@@ -1,0 +1,66 @@
+"""A decode step in one call gives what its operations give one after the other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random_weights, save
+from conftest import DEMO
+
+from llama import Llama, SamplingParams
+from llama.kernels import decode_step, dispatch
+from llama.model import transformer as model
+
+LIBRARY = dispatch.load()[0]
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason=f"{dispatch.why_not(torch.device('cpu'))}")
+PARAMS = {"dim": 256, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 1024, "multiple_of": 64,
+          "norm_eps": 1e-5}  # fmt: skip
+PROMPTS = [[1, 5, 9, 200, 17], [1, 7], [1, 33, 301, 44, 80, 80, 12, 9, 5]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    weights = random_weights(PARAMS, torch.bfloat16)
+    return save(tmp_path_factory.mktemp("layers") / "model", PARAMS, weights)
+
+
+def generated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, together: bool, **options: object
+) -> tuple[list[list[int]], list[list[float]], int]:  # fmt: skip
+    """Greedy tokens, their log-probabilities, and how many steps were one call."""
+    calls = []
+    run = decode_step.DecodeStep.run
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_step.DecodeStep, "run", lambda self, *a: calls.append(1) or run(self, *a))
+        if not together:
+            patch.setattr(model, "can_run", lambda rows, model, cache: False)
+        llama = Llama.build(str(folder), str(DEMO / "tokenizer.model"), 64, 3, device="cpu", **options)
+        tokens, logprobs = llama.generate(PROMPTS, params=SamplingParams(temperature=0, max_gen_len=12, logprobs=True))
+    return tokens, logprobs or [], len(calls)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantize", ["int8", "int4", None])
+def test_both_ways_give_the_same_bits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None, dtype: str
+) -> None:
+    """The same kernels in the same order: only the calls are fewer."""
+    if quantize is None and (dtype == "float32" or dispatch.VARIANTS[dispatch.variant()] != "amx"):
+        pytest.skip("such weights are left to PyTorch")
+    together = generated(folder, monkeypatch, True, quantize=quantize, dtype=dtype)
+    apart = generated(folder, monkeypatch, False, quantize=quantize, dtype=dtype)
+    assert together[:2] == apart[:2]
+    assert together[2] >= 11 and apart[2] == 0
+
+
+def test_float32_weights_are_left_to_pytorch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert generated(folder, monkeypatch, True, dtype="float32")[2] == 0
+
+
+def test_another_cache_gets_another_table(folder: Path) -> None:
+    """Two engines on one model do not write into each other's cache. Our kernels compute a row alike in any order."""
+    first = Llama.build(str(folder), str(DEMO / "tokenizer.model"), 64, 3, device="cpu", quantize="int8")
+    second = Llama(first.model, first.tokenizer)
+    params = SamplingParams(temperature=0, max_gen_len=8)
+    assert first.generate(PROMPTS, params=params) == second.generate(PROMPTS, params=params)
+    assert first.generate(PROMPTS[::-1], params=params)[0] == second.generate(PROMPTS, params=params)[0][::-1]
