@@ -32,7 +32,7 @@ def _check_compiler(device: torch.device) -> None:
         reason = getattr(error, "inner_exception", error)
         said = f"{type(reason).__name__}: {reason}".splitlines()[0]
         do = f"install {'g++' if device.type == 'cpu' else 'gcc'}"
-        if " " in torch.__file__:  # its linker's words are parted at spaces
+        if " " in torch.__file__ and "C++ compile error" in said:  # the linker's words are parted at spaces
             do = f"install PyTorch in a folder whose path has no space, which {Path(torch.__file__).parent} has"
         raise DeviceError(
             f"compile=True needs a compiler, and torch.compile has none that works ({said}): {do}, or leave compile out"

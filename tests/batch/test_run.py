@@ -14,14 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from batch_files import environment, records, sorted_lines
+from batch_files import environment, lines, records, sorted_lines
 from conftest import DEMO, ROOT
 
 from llama import Llama, SamplingParams
 from llama.batch.identity import identity_path
 from llama.batch.input import check_paths
 from llama.batch.run import BLOCK, run_batch, stream_batch
-from llama.cli.chat.terminal import lines
 from llama.errors import ParameterError, PromptError
 
 
