@@ -8,6 +8,7 @@ import torch
 from llama.errors import DeviceError, ParameterError
 from llama.parallel import local_rank, world_size
 
+AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)  # compute capabilities
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -70,12 +71,17 @@ def _cuda_device(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """(Major, minor) of a CUDA device; (0, 0) of any other."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A torch dtype from itself or its name; None stays None."""
-    found = DTYPES.get(str(dtype).removeprefix("torch."))
-    if dtype is not None and found is None:
+    known = DTYPES.get(str(dtype).removeprefix("torch."))
+    if dtype is not None and known is None:
         raise ParameterError(f"dtype={str(dtype)!r} is not supported: use {', '.join(DTYPES)}")
-    return found
+    return known
 
 
 def choose_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -84,7 +90,7 @@ def choose_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     On CUDA devices older than Ampere bfloat16 becomes float32 too: float16 would overflow where it did not.
     """
     if stored == torch.bfloat16 and device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device)[0] >= 8
+        fast = compute_capability(device) >= AMPERE
     elif stored == torch.bfloat16 and device.type == "cpu":
         fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     elif stored == torch.float16 and device.type == "cpu":

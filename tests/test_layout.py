@@ -18,8 +18,9 @@ FLOORS = (
     ("output", "checkpoint"),
     ("engine", "predictions"),
     ("model",),
-    ("kernels", "device"),
-    ("quantization", "parallel", "chat", "progress"),
+    ("kernels",),
+    ("device", "quantization"),
+    ("parallel", "chat", "progress"),
     ("tokenizer", "request", "interrupts"),
     ("paths",),
     ("errors", "wording"),
@@ -31,8 +32,8 @@ WITHOUT_TORCH = {
     "cli.demo_scenes", "cli.flags", "cli.help", "cli.output", "cli.score", "cli.shell", "cli.token_view",
     "batch", "batch.identity", "batch.input", "batch.lines", "batch.openai", "batch.results", "engine",
     "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
-    "quantization.formats", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths", "errors",
-    "wording", "gate",
+    "quantization.formats", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
+    "errors", "wording", "gate",
 }  # fmt: skip
 
 

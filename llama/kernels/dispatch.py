@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.device import AMPERE, compute_capability
+
 VARIANTS = ("portable", "avx2", "avx512", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 OLDEST_TRITON = (3, 5)  # PyTorch 2.9 has it
-OLDEST_GPU = (8, 0)  # compute capability: Ampere
+OLDEST_GPU = AMPERE
 _HALF = (torch.bfloat16, torch.float16)
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
@@ -84,7 +86,7 @@ def no_gpu(device: torch.device) -> str | None:
     """Why gpu.py cannot be used on a CUDA device; None where it can."""
     if missing := no_triton():
         return missing
-    found = torch.cuda.get_device_capability(device)
+    found = compute_capability(device)
     if found < OLDEST_GPU:
         return f"compute capability {found[0]}.{found[1]} is less than {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
     try:  # Triton needs a C compiler, Python's headers and more: what is missing shows at a first launch

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from llama.device import HOPPER, compute_capability
 from llama.kernels.gpu import GROUP, INTERPRETED
 from llama.kernels.gpu_attention import attend
 
@@ -199,7 +200,6 @@ def _store_pairs(to, a, b):
 # Outputs of a program, inputs at a time, and warps, by the bits of a weight.
 SHAPES = {16: (4, 4096, 8), 8: (16, 2048, 4), 4: (8, 4096, 4)}
 _BITS = {torch.int8: 8, torch.uint8: 4}
-HOPPER = (9, 0)
 
 
 def can_run(rows: int, model: Any, cache: Any) -> bool:
@@ -256,4 +256,4 @@ def _launch(linear: Any, early: bool) -> tuple[int, tuple[Tensor, Tensor], dict[
 
 def _early(device: torch.device) -> bool:
     """Whether a kernel can be begun before the one ahead of it has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER
+    return compute_capability(device) >= HOPPER

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from llama.device import AMPERE, compute_capability
 from llama.model.kv_cache import KVCache
 from llama.model.step import Step
 
 MOST_HEAD_DIM = 256
-AMPERE = (8, 0)  # the least compute capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def can_run(keys: Tensor) -> bool:
     head_dim = keys.shape[-1]
     if keys.device.type != "cuda" or keys.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return head_dim <= MOST_HEAD_DIM and head_dim % 8 == 0 and torch.cuda.get_device_capability(keys.device) >= AMPERE
+    return head_dim <= MOST_HEAD_DIM and head_dim % 8 == 0 and compute_capability(keys.device) >= AMPERE
 
 
 def pack(step: Step, cache: KVCache) -> Packed:

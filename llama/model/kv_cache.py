@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
+from llama.device import ADA, compute_capability
 from llama.errors import DeviceError, ParameterError
 
 FLOAT8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of fraction, up to 448
-ADA = (8, 9)  # the least compute capability that converts it
 
 
 def check_kv_dtype(kv_dtype: str | None, device: torch.device) -> None:
     """Raise ParameterError unless it is "fp8", or None: as the weights; DeviceError where the device has no such."""
     if kv_dtype not in (None, "fp8"):
         raise ParameterError(f"kv_dtype={kv_dtype!r} is not a format of the KV cache: use fp8, or leave it out")
-    too_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < ADA
+    too_old = device.type == "cuda" and compute_capability(device) < ADA  # which converts it
     if kv_dtype and (too_old or device.type == "mps"):
         raise DeviceError(
             f"kv_dtype='fp8' needs a CUDA GPU from Ada or Hopper on, or a CPU, not {device}: leave it out"

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import Llama, SamplingParams
+from llama.device import ADA
 from llama.errors import DeviceError, ParameterError
 from llama.kernels.ops import turn_and_store
-from llama.model.kv_cache import ADA, FLOAT8, KVCache, check_kv_dtype
+from llama.model.kv_cache import FLOAT8, KVCache, check_kv_dtype
 
 LAYERS, SLOTS, POSITIONS = 2, 3, 6
 
