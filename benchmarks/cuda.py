@@ -188,8 +188,7 @@ def random_model(
     shape: dict, device: torch.device, quantize: str | None = None, kv_dtype: str | None = None
 ) -> Transformer:
     """A model of random weights, made and quantised on the device."""
-    args = ModelArgs(**shape, vocab_size=VOCABULARY, quantize=quantize, kv_dtype=kv_dtype)
-    model = Transformer(args)
+    model = Transformer(ModelArgs(**shape, vocab_size=VOCABULARY), weight_format=quantize, kv_dtype=kv_dtype)
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -251,7 +250,7 @@ def decoding(model: Transformer, batch: int, context: int) -> Iterator[Engine]:
 def measure_decode(model: Transformer, rates: Rates, size: Size) -> tuple[float, float] | None:
     """Tokens/s, and the most that are possible; None where the cache does not fit."""
     device, args, (batch, context) = model.device, model.params, size
-    needed = memory.need(args, model.dtype, 1, memory.STEP_TOKENS)
+    needed = need_of(model)
     room = memory.free_bytes(device) - needed.workspace
     if needed.cache_per_token * batch * (context + extra_tokens(batch, context)) > room:
         return None
@@ -281,11 +280,18 @@ def decode_rows(kind: str, found: dict[Size, tuple[float, float] | None]) -> lis
     return rows
 
 
+def need_of(model: Transformer) -> memory.Need:
+    """What the model and the cache of each of its tokens take."""
+    return memory.need(
+        model.params, model.dtype, 1, memory.STEP_TOKENS, weight_format=model.weight_format, kv_dtype=model.kv_dtype
+    )
+
+
 def weights_read(model: Transformer) -> int:
     """Bytes of weights that a step reads: all but the embedding's, of which it reads a few rows."""
     args = model.params
     table_bytes = args.vocab_size * args.dim * model.dtype.itemsize
-    return memory.need(args, model.dtype, 1, memory.STEP_TOKENS).weights - table_bytes
+    return need_of(model).weights - table_bytes
 
 
 def matrix_weights(args: ModelArgs) -> int:
@@ -332,10 +338,9 @@ def measure_requests(model: Transformer, sizes: Sizes) -> float:
 
 def requests_limit(model: Transformer, rates: Rates, sizes: Sizes) -> float:
     """The most new tokens/s of all requests: full steps, which read the weights and each sequence's own cache."""
-    wanted, args = wanted_requests(sizes), model.params
+    wanted, args, per_token = wanted_requests(sizes), model.params, need_of(model).cache_per_token
     new = sum(n for _, n, _ in wanted)
     cached = sum(len(prompt) * n + n * n // 2 for prompt, n, _ in wanted)
-    per_token = memory.need(args, model.dtype, 1, memory.STEP_TOKENS).cache_per_token
     read = rates.limit(new / sizes.slots * weights_read(model) + cached * per_token, 2 * matrix_weights(args) * new)
     return new / (read + rates.limit(0, sum(prefill_flops(args, len(prompt)) for prompt, *_ in wanted)))
 

@@ -18,6 +18,7 @@ from llama.engine.engine import Engine
 from llama.errors import LlamaError, ParameterError, PromptError
 from llama.loading import chosen, load
 from llama.model.transformer import Transformer
+from llama.options import RunOptions, check_seed
 from llama.output import Output, refused
 from llama.paths import expanded
 from llama.predictions import ChatPrediction, CompletionPrediction, Score
@@ -59,20 +60,18 @@ class Llama:
         checklist.chk first. Raises a subclass of LlamaError: PeerError where another process has failed.
         """
         started = time.perf_counter()
-        max_seq_len, max_batch_size, model_parallel_size, seed, threads, max_step_tokens = map(
-            plain, (max_seq_len, max_batch_size, model_parallel_size, seed, threads, max_step_tokens)
-        )
-        _check_seed(seed)
-        folder = Path(expanded(ckpt_dir, "ckpt_dir"))
-        model, tokenizer, step_tokens = load(
-            folder, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, device=device, dtype=dtype,
-            quantize=quantize, kv_dtype=kv_dtype, threads=threads, compile=compile, verify=verify,
-            max_step_tokens=max_step_tokens,
+        options = RunOptions(
+            max_seq_len=max_seq_len, max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, seed=seed,
+            device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, threads=threads, compile=compile,
+            verify=verify, max_step_tokens=max_step_tokens,
         )  # fmt: skip
-        llama = Llama(model, tokenizer, seed=seed, max_step_tokens=step_tokens)
+        folder = Path(expanded(ckpt_dir, "ckpt_dir"))
+        model, tokenizer = load(folder, tokenizer_path, options)
+        step_tokens = memory.step_tokens(model.device, options.max_step_tokens)
+        llama = Llama(model, tokenizer, seed=options.seed, max_step_tokens=step_tokens)
         llama.ckpt_dir = folder
         seconds = time.perf_counter() - started
-        parallel.say(f"llama: {folder}, {chosen(model)}, seed={llama.seed}, loaded in {seconds:.2f} s")
+        parallel.say(f"llama: {folder}, {chosen(model, options)}, seed={llama.seed}, loaded in {seconds:.2f} s")
         return llama
 
     def __init__(
@@ -83,7 +82,7 @@ class Llama:
         seed: int | None = 1,
         max_step_tokens: int = memory.STEP_TOKENS,
     ) -> None:
-        _check_seed(seed)
+        check_seed(seed)
         self.model = model
         self.tokenizer = tokenizer
         self.ckpt_dir: Path | None = None  # where `build` loaded it from
@@ -367,11 +366,6 @@ def _plain_tokens(prompt: Any) -> Any:
     if not isinstance(prompt, Sequence) or isinstance(prompt, str):
         return prompt
     return list(prompt) if set(map(type, prompt)) <= {int} else plain_each(prompt)
-
-
-def _check_seed(seed: int | None) -> None:
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
-        raise ParameterError(f"seed={seed!r} is out of range: expected an integer from 0 to 2**64 - 1, or None")
 
 
 def _raise_first(outputs: list[Output]) -> None:

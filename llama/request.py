@@ -19,6 +19,8 @@ _DECIMAL = re.compile("0|[1-9][0-9]{0,18}")  # a token id as JSON spells a key
 class SamplingParams:
     """How the tokens of one request are chosen; checked where it is made (raises ParameterError).
 
+    Each field's help text is that of the command's flag.
+
     None stands for a field's default. Numbers, tokens and lists may be numpy's or torch's; the keys of `logit_bias` may
     be JSON's strings.
 
@@ -33,25 +35,50 @@ class SamplingParams:
     complete is plain text. One that a later token completes ends the text where it begins, be that among them.
     """
 
-    temperature: float = 0.6
-    top_p: float = 0.9
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    min_gen_len: int = 0
-    max_gen_len: int | None = None  # None: up to max_seq_len
-    stop: Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    bad_words: Sequence[Sequence[int]] = ()  # token sequences that are never produced
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    temperature: float = field(
+        default=0.6, metadata={"help": "0 always takes the most probable token; higher is more varied."}
+    )
+    top_p: float = field(
+        default=0.9, metadata={"help": "sample from the most probable tokens that together have this probability."}
+    )
+    top_k: int = field(default=0, metadata={"help": "sample from this many most probable tokens; 0 is off."})
+    min_p: float = field(
+        default=0.0, metadata={"help": "sample from tokens at least this many times as probable as the best; 0 is off."}
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "makes tokens of the prompt and completion less probable; 1 is off."}
+    )
+    presence_penalty: float = field(
+        default=0.0, metadata={"help": "subtracted once from the logits of tokens in the completion."}
+    )
+    frequency_penalty: float = field(
+        default=0.0, metadata={"help": "subtracted each time from the logits of tokens in the completion."}
+    )
+    min_gen_len: int = field(
+        default=0, metadata={"help": "no end token, stop token or stop string ends it within so many tokens."}
+    )
+    max_gen_len: int | None = field(
+        default=None, metadata={"help": "the most tokens of a completion; up to max_seq_len if left out."}
+    )
+    stop: Sequence[str] = field(
+        default=(),
+        metadata={"help": "a text that ends the completion, which is cut before it; may be given several times."},
+    )
+    stop_token_ids: Sequence[int] = field(
+        default=(), metadata={"help": "token ids that end the completion, such as 5,13."}
+    )
+    bad_words: Sequence[Sequence[int]] = field(
+        default=(), metadata={"help": "token sequences that are never produced, such as [[5,13],[7]]."}
+    )
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, metadata={"help": "numbers added to the logits of tokens, such as {5:-2.5}."}
+    )
     seed: int | None = None  # None: derived from the build's seed and a counter of requests
-    n: int = 1
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    logprobs: bool = False
-    top_logprobs: int = 0
+    n: int = field(default=1, metadata={"help": "how many samples of each prompt."})
+    num_beams: int = field(default=1, metadata={"help": "beam search with so many beams; 1 is off."})
+    length_penalty: float = field(default=1.0, metadata={"help": "of beam search: above 0 favours longer texts."})
+    logprobs: bool = field(default=False, metadata={"help": "show the log-probability of each token."})
+    top_logprobs: int = field(default=0, metadata={"help": "show so many of the most probable tokens at each place."})
 
     def __post_init__(self) -> None:
         for own in fields(self):

@@ -18,7 +18,7 @@ FLOORS = (
     ("output", "checkpoint"),
     ("engine", "predictions"),
     ("model",),
-    ("kernels",),
+    ("kernels", "options"),
     ("device", "quantization"),
     ("parallel", "chat", "progress"),
     ("tokenizer", "request", "interrupts"),
@@ -32,7 +32,7 @@ WITHOUT_TORCH = {
     "cli.demo_scenes", "cli.flags", "cli.help", "cli.output", "cli.score", "cli.shell", "cli.token_view",
     "batch", "batch.identity", "batch.input", "batch.lines", "batch.openai", "batch.results", "engine",
     "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
-    "quantization.formats", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
+    "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
     "errors", "wording", "gate",
 }  # fmt: skip
 

@@ -157,7 +157,7 @@ def _identity(llama: "Llama", params: SamplingParams) -> dict[str, Any]:
     settings = {
         "seed": llama.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantize": model.params.quantize,
+        "quantize": model.weight_format,
         "device": model.device.type,
         "max_seq_len": engine.max_seq_len,
         "max_batch_size": engine.scheduler.slots,

@@ -7,11 +7,12 @@ from typing import TypedDict
 import torch
 
 from llama.checkpoint import memory
-from llama.checkpoint.files import find_shards, open_checkpoint, stored_dtype
 from llama.checkpoint.layout import expected_shapes, process_counts
+from llama.checkpoint.source import checkpoint_dtype, open_checked
 from llama.device import choose_dtype
 from llama.gate import one_line
-from llama.model.transformer import ModelArgs
+from llama.model.args import ModelArgs
+from llama.options import check_sizes
 from llama.wording import either, in_units
 
 
@@ -66,11 +67,10 @@ def describe(folder: Path, max_seq_len: int, max_batch_size: int) -> Info:
 
     Raises ParameterError for sizes below 1, CheckpointError as loading would.
     """
-    memory.check_sizes(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    args, ignored, shards = open_checkpoint(folder)
-    args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
-    stored = stored_dtype(shards)
-    needed = memory.need(args, stored, 1, memory.STEP_TOKENS)
+    check_sizes(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    source, args = open_checked(folder)
+    stored = checkpoint_dtype(source)
+    needed = memory.need(args, stored, 1, memory.STEP_TOKENS, weight_format=args.quantize)
     return Info(
         folder=str(folder),
         dim=args.dim,
@@ -82,41 +82,47 @@ def describe(folder: Path, max_seq_len: int, max_batch_size: int) -> Info:
         vocab_size=args.vocab_size,
         norm_eps=args.norm_eps,
         rope_theta=args.rope_theta,
-        ignored_params=ignored,
+        ignored_params=list(source.ignored),
         parameters=sum(math.prod(shape) for shape in expected_shapes(args).values()),
         dtype=_name(stored),
         quantize=args.quantize,
-        shards=[ShardInfo(file=path.name, bytes=path.stat().st_size) for path in find_shards(folder)],
+        shards=[ShardInfo(file=path.name, bytes=path.stat().st_size) for path in source.files],
         processes=process_counts(args),
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
         weights_bytes=needed.weights,
         cache_bytes=needed.cache_per_token * max_seq_len * max_batch_size,
-        devices=[_on(device, args, stored) for device in _devices()],
+        devices=[_on(device, args, stored, max_seq_len, max_batch_size) for device in _devices()],
     )
 
 
 def _devices() -> list[torch.device]:
-    found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
-        found.append(torch.device("mps"))
-    return [*found, torch.device("cpu")]
+        gpus.append(torch.device("mps"))
+    return [*gpus, torch.device("cpu")]
 
 
-def _on(device: torch.device, args: ModelArgs, stored: torch.dtype) -> DeviceInfo:
+def _on(
+    device: torch.device, args: ModelArgs, stored: torch.dtype, max_seq_len: int, max_batch_size: int
+) -> DeviceInfo:
     free, dtype, step = memory.free_bytes(device), choose_dtype(stored, device), memory.step_tokens(device)
-    needed = memory.need(args, dtype, 1, step)
-    enough = (n for n in process_counts(args) if memory.need(args, dtype, n, step).room(free) >= args.max_seq_len)
-    largest = max(0, needed.room(free) // args.max_seq_len)
+
+    def need(processes: int) -> memory.Need:
+        return memory.need(args, dtype, processes, step, weight_format=args.quantize)
+
+    needed = need(1)
+    enough = (processes for processes in process_counts(args) if need(processes).room(free) >= max_seq_len)
+    largest = max(0, needed.room(free) // max_seq_len)
     return DeviceInfo(
         device=str(device),
         total_bytes=memory.total_bytes(device),
         free_bytes=free,
         dtype=_name(dtype),
         weights_bytes=needed.weights,
-        cache_bytes=needed.cache_per_token * args.max_seq_len * args.max_batch_size,
+        cache_bytes=needed.cache_per_token * max_seq_len * max_batch_size,
         workspace_bytes=needed.workspace,
-        fits=largest >= args.max_batch_size,
+        fits=largest >= max_batch_size,
         largest_batch_size=largest,
         devices_for_one_sequence=next(enough, None),
     )

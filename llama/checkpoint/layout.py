@@ -1,7 +1,11 @@
-"""What a checkpoint holds: the name, whole shape, split axis and format of every tensor in Meta's layout.
+"""What a checkpoint consists of: the name, whole shape, split axis and format of every tensor, as Meta names them.
 
 Opening, filling, the estimate of memory, `info` and the writer all ask here.
 """
+
+import math
+
+import torch
 
 from llama.checkpoint.resharding import possible_sizes
 from llama.errors import CheckpointError, DeviceError
@@ -13,7 +17,10 @@ from llama.wording import either
 JOINED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
 IGNORED = {"rope.freqs"}  # old files carry the RoPE frequencies, which are computed here
 
-KEPT = {"tok_embeddings", "norm", "attention_norm", "ffn_norm"}
+EMBEDDING = "tok_embeddings.weight"
+NEVER_QUANTIZED = {"tok_embeddings", "norm", "attention_norm", "ffn_norm"}
+
+Shapes = dict[str, tuple[int, ...]]  # by name
 
 # The axis along which Meta's model parallelism splits each weight; None: every process has it whole.
 SPLIT_AXIS = {
@@ -36,7 +43,7 @@ def split_axis(name: str) -> int | None:
 def format_of(name: str, quantize: str | None) -> str | None:
     """The format of a parameter, by its checkpoint name, in a checkpoint quantised as `quantize`; None: as it is."""
     kind = name.split(".")[-2]
-    if quantize is None or kind in KEPT:
+    if quantize is None or kind in NEVER_QUANTIZED:
         return None
     assert kind in SPLIT_AXIS
     return "int8" if kind == "output" else quantize
@@ -47,24 +54,36 @@ def scales_of(name: str) -> str:
     return name.removesuffix("weight") + "scales"
 
 
-def quantized_shapes(shapes: dict[str, tuple[int, ...]], quantize: str | None) -> dict[str, tuple[int, ...]]:
+def integer_dtype(weight_format: str) -> torch.dtype:
+    """The dtype of the integers that a matrix in this format becomes."""
+    return getattr(torch, FORMATS[weight_format].dtype)  # type: ignore[no-any-return] # torch's by its name
+
+
+def stored_dtype(name: str, quantize: str | None) -> torch.dtype | None:
+    """The dtype of a tensor in a checkpoint quantised as `quantize`; None: any of floating point."""
+    weight_format = format_of(name, quantize)
+    return integer_dtype(weight_format) if weight_format and name.endswith(".weight") else None
+
+
+def quantized_shapes(shapes: Shapes, quantize: str | None) -> Shapes:
     """Name → whole shape of every tensor on disk, from those of the parameters."""
     if quantize is None:
         return shapes
-    stored: dict[str, tuple[int, ...]] = {}
+    stored: Shapes = {}
     for name, shape in shapes.items():
-        if form := format_of(name, quantize):
-            stored[name], stored[scales_of(name)] = FORMATS[form].shapes(*shape)
+        if weight_format := format_of(name, quantize):
+            rows, columns = shape
+            stored[name], stored[scales_of(name)] = FORMATS[weight_format].shapes(rows, columns)
         else:
             stored[name] = shape
     return stored
 
 
-def check_groups(shapes: dict[str, tuple[int, ...]], quantize: str | None, processes: int) -> None:
+def check_groups(shapes: Shapes, quantize: str | None, processes: int) -> None:
     """Raise CheckpointError unless each process's part of every matrix is made of whole groups."""
     for name, shape in shapes.items():
-        if form := format_of(name, quantize):
-            group = FORMATS[form].group
+        if weight_format := format_of(name, quantize):
+            group = FORMATS[weight_format].group
             inputs = shape[1] // processes if split_axis(name) == 1 else shape[1]
             if inputs % group:
                 raise CheckpointError(
@@ -73,7 +92,7 @@ def check_groups(shapes: dict[str, tuple[int, ...]], quantize: str | None, proce
                 )
 
 
-def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+def expected_shapes(args: ModelArgs) -> Shapes:
     """Every parameter's name on disk and its whole shape, before any split."""
     q, kv = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
     layer = {
@@ -82,14 +101,14 @@ def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
         "feed_forward.w2": (args.dim, args.hidden_dim), "feed_forward.w3": (args.hidden_dim, args.dim),
         "attention_norm": (args.dim,), "ffn_norm": (args.dim,),
     }  # fmt: skip
-    shapes = {"tok_embeddings.weight": (args.vocab_size, args.dim), "norm.weight": (args.dim,),
-              "output.weight": (args.vocab_size, args.dim)}  # fmt: skip
+    shapes: Shapes = {EMBEDDING: (args.vocab_size, args.dim), "norm.weight": (args.dim,),
+                      "output.weight": (args.vocab_size, args.dim)}  # fmt: skip
     for i in range(args.n_layers):
         shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
     return shapes
 
 
-def stored_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+def stored_shapes(args: ModelArgs) -> Shapes:
     """Every tensor's name on disk and its whole shape: a quantised matrix is two, its integers and its scales."""
     return quantized_shapes(expected_shapes(args), args.quantize)
 
@@ -98,6 +117,15 @@ def shard_shape(name: str, whole: tuple[int, ...], shards: int) -> tuple[int, ..
     """What one of `shards` holds of a parameter of shape `whole`."""
     axis = split_axis(name)
     return tuple(length // shards if i == axis else length for i, length in enumerate(whole))
+
+
+def weight_bytes(args: ModelArgs, weight_format: str | None, dtype: torch.dtype, processes: int) -> int:
+    """The bytes of one process's part of all parameters: quantised as `weight_format`, or in `dtype`."""
+    total = 0
+    for name, whole in expected_shapes(args).items():
+        count, own_format = math.prod(shard_shape(name, whole, processes)), format_of(name, weight_format)
+        total += FORMATS[own_format].nbytes(count) if own_format else count * dtype.itemsize
+    return total
 
 
 def process_counts(args: ModelArgs) -> list[int]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from llama.errors import DeviceError, ParameterError
-from llama.model.transformer import ModelArgs
-from llama.quantization.formats import FORMATS
+from llama.checkpoint.layout import weight_bytes
+from llama.errors import DeviceError
+from llama.model.args import ModelArgs
 from llama.wording import in_units
 
 STEP_TOKENS = 2048  # the most tokens of one step where nobody says how many
@@ -30,40 +30,28 @@ class Need:
         return (free - self.weights - self.workspace) // self.cache_per_token
 
 
-def step_tokens(device: torch.device) -> int:
-    return STEP_TOKENS_CPU if device.type == "cpu" else STEP_TOKENS
+def step_tokens(device: torch.device, asked: int | None = None) -> int:
+    """The most tokens of one step: as many as were asked for, else what the device gains from."""
+    return asked or (STEP_TOKENS_CPU if device.type == "cpu" else STEP_TOKENS)
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise ParameterError that names the first of the sizes which is not an integer of 1 or more."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ParameterError(f"{name}={value!r} is out of range: expected an integer, 1 or more")
-
-
-def need(args: ModelArgs, dtype: torch.dtype, mp: int, max_step_tokens: int) -> Need:
-    """What one of `mp` processes needs for the weights, one cached token, and a step of `max_step_tokens`."""
-    matrices = args.n_layers * (
-        2 * args.dim * (args.n_heads + args.kv_heads) * args.head_dim + 3 * args.dim * args.hidden_dim
-    )
-    table = args.vocab_size * args.dim
-    held = _bytes(matrices, args.quantize, dtype) + _bytes(table, args.quantize and "int8", dtype)
-    weights = held // mp + (table // mp + (2 * args.n_layers + 1) * args.dim) * dtype.itemsize
-    cache = 2 * args.n_layers * (args.kv_heads // mp) * args.head_dim * (1 if args.kv_dtype else dtype.itemsize)
-    activations = max_step_tokens * (8 * args.dim + 3 * args.hidden_dim // mp) * 4
+def need(
+    args: ModelArgs, dtype: torch.dtype, processes: int, max_step_tokens: int,
+    *, weight_format: str | None = None, kv_dtype: str | None = None,
+) -> Need:  # fmt: skip
+    """What one of `processes` processes needs for its weights, one cached token, and a step of `max_step_tokens`."""
+    weights = weight_bytes(args, weight_format, dtype, processes)
+    cached = 2 * args.n_layers * (args.kv_heads // processes) * args.head_dim
+    activations = max_step_tokens * (8 * args.dim + 3 * args.hidden_dim // processes) * 4
     logits = 3 * max_step_tokens * args.vocab_size * 4
-    return Need(weights, cache, activations + logits)
-
-
-def _bytes(weights: int, form: str | None, dtype: torch.dtype) -> int:
-    return FORMATS[form].nbytes(weights) if form else weights * dtype.itemsize
+    return Need(weights, cached * (1 if kv_dtype else dtype.itemsize), activations + logits)
 
 
 def free_bytes(device: torch.device) -> int:
     """The memory that this process can still take: on a CPU its share among this machine's processes."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for its next use
-        return torch.cuda.mem_get_info(device)[0] + kept
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch keeps it for later
+        return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     free = min(psutil.virtual_memory().available, _cgroup_free())
@@ -103,16 +91,16 @@ def check_fits(needed: Need, free: int, max_seq_len: int, max_batch_size: int, d
     cache = tokens * needed.cache_per_token
     if needed.weights + cache + needed.workspace <= free:
         return
-    found = (
+    said = (
         f"not enough memory on {device}: weights {in_units(needed.weights)} + KV cache {in_units(cache)}"
         f" + workspace {in_units(needed.workspace)}, but {in_units(free)} is free"
     )
     room = needed.room(free)
     if room < 1:
-        raise DeviceError(f"{found}: the weights alone leave no room; run on more processes or a larger device")
+        raise DeviceError(f"{said}: the weights alone leave no room; run on more processes or a larger device")
     fits = [f"max_seq_len × max_batch_size up to {room} fits"]
     if room >= max_seq_len:
         fits.append(f"max_batch_size={room // max_seq_len} at max_seq_len={max_seq_len}")
     if room >= max_batch_size:
         fits.append(f"max_seq_len={room // max_batch_size} at max_batch_size={max_batch_size}")
-    raise DeviceError(f"{found}: {fits[0]}, such as {' or '.join(fits[1:])}" if fits[1:] else f"{found}: {fits[0]}")
+    raise DeviceError(f"{said}: {fits[0]}, such as {' or '.join(fits[1:])}" if fits[1:] else f"{said}: {fits[0]}")

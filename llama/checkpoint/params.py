@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import CheckpointError
-from llama.model.transformer import ModelArgs
+from llama.model.args import ModelArgs
 from llama.paths import read
 from llama.quantization.formats import FORMATS
 

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -15,23 +16,22 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.checklist import format_checklist, md5
-from llama.checkpoint.files import open_checkpoint
 from llama.checkpoint.layout import (
-    IGNORED,
     check_groups,
     check_split,
     expected_shapes,
     format_of,
     shard_shape,
+    stored_dtype,
     stored_shapes,
 )
-from llama.checkpoint.loader import read_slice
 from llama.checkpoint.pth_writer import Tensors, write_shard
+from llama.checkpoint.source import Source, open_checked, read_slice
 from llama.errors import CheckpointError, ParameterError
 from llama.kernels import quantized
 from llama.paths import kind, read
 from llama.progress import bar_of_bytes
-from llama.quantization.formats import FORMATS, check_format
+from llama.quantization.formats import check_format
 from llama.wording import in_units
 
 MOST_SHARDS = 100  # consolidated.00.pth … consolidated.99.pth
@@ -51,66 +51,74 @@ def reshard(folder: Path, out: Path, processes: int, *, progress: bool = True) -
         raise ParameterError(
             f"model_parallel_size={processes!r} is out of range: expected an integer from 1 to {MOST_SHARDS}"
         )
-    args, _, shards = open_checkpoint(folder)
-    check_split(args, len(shards), processes, "choose")
-    _check_dtypes(shards, folder)
+    source, args = open_checked(folder)
+    check_split(args, len(source.files), processes, "choose")
+    source.check_dtypes()
     _check_other(out, folder)
     check_groups(expected_shapes(args), args.quantize, processes)
-    shapes = stored_shapes(args)
     layout = {
-        name: torch.empty(shard_shape(name, whole, processes), dtype=shards[0][name].dtype, device="meta")
-        for name, whole in shapes.items()
+        name: torch.empty(shard_shape(name, whole, processes), dtype=source.dtype(name), device="meta")
+        for name, whole in stored_shapes(args).items()
     }
 
     def contents(rank: int, name: str) -> Tensor:
-        tensor = torch.empty_like(layout[name], device="cpu")
-        read_slice(tensor, name, shapes[name], shards, processes, rank)
-        return tensor
+        return _slice(source, name, processes, rank)
 
-    files = {name: _read(folder / name) for name in COPIED if (folder / name).exists()}
-    return write_folder(out, [layout] * processes, contents, files, progress=progress)
+    return write_folder(out, [layout] * processes, contents, _copied(folder), progress=progress)
 
 
-def quantize(folder: Path, out: Path, name: str, *, progress: bool = True) -> list[Path]:
-    """Write the checkpoint of `folder` anew in the folder `out`, its matrices in the weight format `name`.
+def quantize(folder: Path, out: Path, weight_format: str, *, progress: bool = True) -> list[Path]:
+    """Write the checkpoint of `folder` anew in the folder `out`, its matrices quantised.
 
     As many shards as before; params.json gets "quantize". Raises as `reshard` does, and ParameterError for no format.
     """
-    check_format(name)
-    args, _, shards = open_checkpoint(folder)
+    check_format(weight_format)
+    source, args = open_checked(folder)
     if args.quantize:
         raise CheckpointError(f"{folder} is quantised already, as {args.quantize}: quantise what it was made from")
     _check_other(out, folder)
-    _check_dtypes(shards, folder)
-    whole, count = expected_shapes(args), len(shards)
-    check_groups(whole, name, count)
-    args.quantize = name
+    source.check_dtypes()
+    shards = len(source.files)
+    check_groups(expected_shapes(args), weight_format, shards)
+    quantized_args = replace(args, quantize=weight_format)
     layout = {
-        stored: torch.empty(shard_shape(stored, shape, count), dtype=_dtype(stored, name, shards[0]), device="meta")
-        for stored, shape in stored_shapes(args).items()
+        name: torch.empty(shard_shape(name, whole, shards), dtype=_dtype(name, weight_format, source), device="meta")
+        for name, whole in stored_shapes(quantized_args).items()
     }
 
     @lru_cache(maxsize=1)  # a matrix's scales are asked for right after its integers
-    def matrix(number: int, weight: str) -> tuple[Tensor, Tensor]:
-        return quantized.quantize(shards[number][weight], format_of(weight, name))
+    def matrix(number: int, name: str, own_format: str) -> tuple[Tensor, Tensor]:
+        return quantized.quantize(_slice(source, name, shards, number), own_format)
 
-    def contents(number: int, stored: str) -> Tensor:
-        if format_of(stored, name) is None:
-            return shards[number][stored]
-        return matrix(number, stored.removesuffix("scales").removesuffix("weight") + "weight")[
-            stored.endswith("scales")
-        ]
+    def contents(number: int, name: str) -> Tensor:
+        own_format = format_of(name, weight_format)
+        if own_format is None:
+            return _slice(source, name, shards, number)
+        integers, scales = matrix(number, name.removesuffix("scales").removesuffix("weight") + "weight", own_format)
+        return scales if name.endswith("scales") else integers
 
-    files = {file: _read(folder / file) for file in COPIED if (folder / file).exists()}
-    files["params.json"] = json.dumps({**json.loads(files["params.json"]), "quantize": name}).encode()
-    return write_folder(out, [layout] * count, contents, files, progress=progress)
+    files = _copied(folder)
+    files["params.json"] = json.dumps({**json.loads(files["params.json"]), "quantize": weight_format}).encode()
+    return write_folder(out, [layout] * shards, contents, files, progress=progress)
 
 
-def _dtype(stored: str, name: str, tensors: Tensors) -> torch.dtype:
-    form = format_of(stored, name)
-    if form is None:
-        return tensors[stored].dtype
-    return torch.float16 if stored.endswith("scales") else getattr(torch, FORMATS[form].dtype)
+def _slice(source: Source, name: str, processes: int, rank: int) -> Tensor:
+    """What process `rank` of `processes` has of a tensor, in memory of its own."""
+    tensor = torch.empty(shard_shape(name, source.shape(name), processes), dtype=source.dtype(name))
+    read_slice(tensor, source, name, processes, rank)
+    return tensor
+
+
+def _copied(folder: Path) -> dict[str, bytes]:
+    """The small files that go into the new folder as they are."""
+    return {name: _read(folder / name) for name in COPIED if (folder / name).exists()}
+
+
+def _dtype(name: str, weight_format: str, source: Source) -> torch.dtype:
+    """The dtype of a tensor of the quantised checkpoint."""
+    if format_of(name, weight_format) is None:
+        return source.dtype(name)
+    return stored_dtype(name, weight_format) or torch.float16  # of scales
 
 
 def _check_other(out: Path, folder: Path) -> None:
@@ -151,17 +159,6 @@ def write_folder(
     return [out / name for name in names]
 
 
-def _check_dtypes(shards: list[Tensors], folder: Path) -> None:
-    for number, tensors in enumerate(shards):
-        for name, tensor in tensors.items():
-            path = folder / f"consolidated.{number:02d}.pth"
-            if name not in IGNORED and tensor.dtype != shards[0][name].dtype:
-                raise CheckpointError(
-                    f"{path} has {name} in {tensor.dtype}, consolidated.00.pth in {shards[0][name].dtype}: these are"
-                    " shards of different checkpoints"
-                )
-
-
 def _read(path: Path) -> bytes:
     try:
         return read(path, _MOST_BYTES)
@@ -170,12 +167,12 @@ def _read(path: Path) -> bytes:
 
 
 def _check_target(out: Path, size: int) -> None:
-    found = kind(out)
-    if found not in (None, "a folder"):
-        raise CheckpointError(f"{out} is {found}: {NEW}")
-    held = sorted(path.name for path in out.iterdir()) if found else []
-    if held:
-        raise CheckpointError(f"{out} is not empty, it holds {held[0]}: {NEW}")
+    present = kind(out)
+    if present not in (None, "a folder"):
+        raise CheckpointError(f"{out} is {present}: {NEW}")
+    names = sorted(path.name for path in out.iterdir()) if present else []
+    if names:
+        raise CheckpointError(f"{out} is not empty, it holds {names[0]}: {NEW}")
     free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
     if size > free:
         raise CheckpointError(
@@ -216,6 +213,3 @@ def _all_or_nothing(out: Path, names: Sequence[str]) -> Iterator[dict[str, Path]
             for path in made:
                 path.rmdir()
         raise
-
-
-# --------------------------------------------------------------------------------------------------- one .pth file

@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class ModelArgs:
-    """What params.json says, by its own names, and the room for sequences."""
+    """A model's sizes, by the names that params.json gives them; what a run chose is in `RunOptions`.
+
+    `max_batch_size` and `max_seq_len` have their place here in Meta's runner, where programs give and read them:
+    `Llama(model, tokenizer)` makes room for so many sequences, of so many tokens.
+    """
 
     dim: int = 4096
     n_layers: int = 32
@@ -16,10 +20,9 @@ class ModelArgs:
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    quantize: str | None = None  # how the matrices are stored and held; see weight_format
+    quantize: str | None = None  # the format in which the matrices are stored; None: as plain numbers
     max_batch_size: int = 32
     max_seq_len: int = 2048
-    kv_dtype: str | None = None  # of the cache; None: as the weights
 
     @property
     def head_dim(self) -> int:

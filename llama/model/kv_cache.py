@@ -4,15 +4,13 @@ import torch
 from torch import Tensor
 
 from llama.device import ADA, compute_capability
-from llama.errors import DeviceError, ParameterError
+from llama.errors import DeviceError
 
 FLOAT8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of fraction, up to 448
 
 
 def check_kv_dtype(kv_dtype: str | None, device: torch.device) -> None:
-    """Raise ParameterError unless it is "fp8", or None: as the weights; DeviceError where the device has no such."""
-    if kv_dtype not in (None, "fp8"):
-        raise ParameterError(f"kv_dtype={kv_dtype!r} is not a format of the KV cache: use fp8, or leave it out")
+    """Raise DeviceError where the device cannot have a cache of this dtype (None: that of the weights)."""
     too_old = device.type == "cuda" and compute_capability(device) < ADA  # which converts it
     if kv_dtype and (too_old or device.type == "mps"):
         raise DeviceError(

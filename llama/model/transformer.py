@@ -111,11 +111,17 @@ class LayerInputs:
 
 
 class Transformer(nn.Module):
-    """The model of one rank. It is built without memory, on the meta device: `checkpoint.load` gives it weights."""
+    """The model of one rank. It is built without memory, on the meta device: `checkpoint.loader` gives it weights.
 
-    def __init__(self, args: ModelArgs) -> None:
+    `weight_format` is that of its matrices (None: as they are stored), `kv_dtype` that of its caches (None: as the
+    weights).
+    """
+
+    def __init__(self, args: ModelArgs, *, weight_format: str | None = None, kv_dtype: str | None = None) -> None:
         super().__init__()
         self.params = args
+        self.weight_format = weight_format or args.quantize
+        self.kv_dtype = kv_dtype
         self.tok_embeddings = parallel_embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -137,7 +143,7 @@ class Transformer(nn.Module):
         args = self.params
         kv_heads = args.kv_heads // model_parallel_size()
         return KVCache(
-            args.n_layers, kv_heads, slots, max_seq_len, args.head_dim, self.dtype, self.device, args.kv_dtype == "fp8"
+            args.n_layers, kv_heads, slots, max_seq_len, args.head_dim, self.dtype, self.device, self.kv_dtype == "fp8"
         )
 
     @torch.inference_mode()

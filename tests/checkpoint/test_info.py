@@ -11,7 +11,7 @@ from checkpoints import SMALL, random_weights, save
 from conftest import DEMO
 
 from llama import Llama
-from llama.checkpoint import files, info, memory
+from llama.checkpoint import info, memory, meta_folder
 from llama.checkpoint.info import Info, describe, text
 from llama.errors import CheckpointError, ParameterError
 
@@ -42,7 +42,7 @@ def of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
         (tmp_path / "params.json").write_text(json.dumps(params))
         for number in range(shards):
             (tmp_path / f"consolidated.{number:02d}.pth").write_bytes(b"x" * 1500)
-        monkeypatch.setattr(files, "open_shard", lambda path: hollow(params, hidden, kv, shards))
+        monkeypatch.setattr(meta_folder, "open_shard", lambda path: hollow(params, hidden, kv, shards))
         return tmp_path
 
     return of_size

@@ -19,14 +19,15 @@ from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import loader, memory
-from llama.checkpoint.files import find_shards, open_shard, open_shards
+from llama.checkpoint.files import find_shards, open_shard
 from llama.checkpoint.layout import check_split, expected_shapes
 from llama.checkpoint.loader import load
-from llama.checkpoint.params import read_params
+from llama.checkpoint.meta_folder import MetaFolder
 from llama.device import choose_dtype
 from llama.errors import CheckpointError, DeviceError, TokenizerError
 from llama.model import linear as linear_file
 from llama.model import transformer as model_file
+from llama.options import RunOptions
 from llama.parallel import initialize
 
 CPU = torch.device("cpu")
@@ -37,9 +38,8 @@ JOINED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
 
 def load_folder(folder: Path, dtype: torch.dtype | None = torch.float32) -> Transformer:
     initialize(CPU, None)
-    args, _ = read_params(folder)
-    args.max_seq_len, args.max_batch_size = 16, 2
-    return load(folder, open_shards(folder), args, CPU, dtype, 64)
+    source = MetaFolder(folder)
+    return load(source, source.args, RunOptions(max_seq_len=16, max_batch_size=2, dtype=dtype, max_step_tokens=64), CPU)
 
 
 def expected_parameters(weights: dict[str, Tensor], processes: int, rank: int) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def test_every_rank_gets_its_slices(
             monkeypatch.setattr(file, "model_parallel_size", lambda: processes)
         monkeypatch.setattr(loader, "model_parallel_rank", lambda rank=rank: rank)
         model = Transformer(ModelArgs(**params))
-        loader.fill(model, open_shards(folder), CPU, torch.float32)
+        loader.fill(model, MetaFolder(folder), CPU, torch.float32)
         assert_same(model, expected_parameters(weights, processes, rank))
 
 
@@ -456,7 +456,7 @@ def test_too_little_memory_is_known_before_anything_is_allocated(
     free = needed.weights + needed.workspace + 10 * 128 * needed.cache_per_token + 128
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "Transformer", lambda args: pytest.fail("allocated before the check"))
+        patch.setattr(loader, "Transformer", lambda *_, **__: pytest.fail("allocated before the check"))
         with pytest.raises(DeviceError) as error:
             build(max_seq_len=128, max_batch_size=20)
     said = str(error.value)

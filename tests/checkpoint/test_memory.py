@@ -1,7 +1,6 @@
 """What a run needs is counted right, and what an error says fits does fit."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from llama.checkpoint.layout import expected_shapes
 from llama.checkpoint.memory import Need, check_fits, free_bytes, need, total_bytes
 from llama.errors import DeviceError
-from llama.model.transformer import ModelArgs
+from llama.model.args import ModelArgs
 
 CPU = torch.device("cpu")
 ARGS = ModelArgs(dim=64, n_layers=3, n_heads=8, n_kv_heads=4, vocab_size=500, multiple_of=32)
@@ -27,7 +26,7 @@ def test_weights_and_cache_are_counted_to_the_byte(dtype: torch.dtype) -> None:
     assert half.weights == ((parameters - norms) // 2 + norms) * dtype.itemsize
     assert half.cache_per_token == counted.cache_per_token // 2
     assert counted.workspace > 3 * 128 * 500 * 4
-    narrow = need(replace(ARGS, kv_dtype="fp8"), dtype, 1, 128)
+    narrow = need(ARGS, dtype, 1, 128, kv_dtype="fp8")
     assert narrow.cache_per_token == 2 * 3 * 4 * 8 and narrow.weights == counted.weights
 
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from llama import Llama, ModelArgs
 from llama.checkpoint import loader, writer
 from llama.checkpoint.checklist import read_checklist, verify
-from llama.checkpoint.files import open_checkpoint, open_shard
+from llama.checkpoint.files import open_shard
 from llama.checkpoint.layout import expected_shapes
 from llama.checkpoint.pth_writer import STORAGES, write_shard
+from llama.checkpoint.source import open_checked
 from llama.checkpoint.writer import reshard
 from llama.errors import CheckpointError, DeviceError, ParameterError
 from llama.wording import in_units
@@ -101,7 +102,7 @@ def test_old_files_rope_frequencies_are_left_out(tmp_path: Path) -> None:
 def test_missing_folders_are_made_and_no_progress_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = save(tmp_path / "in", SMALL, random_weights(SMALL))
     reshard(folder, tmp_path / "a" / "b" / "out", 2, progress=False)
-    assert len(open_checkpoint(tmp_path / "a" / "b" / "out")[2]) == 2
+    assert len(open_checked(tmp_path / "a" / "b" / "out")[0].files) == 2
     assert capfd.readouterr() == ("", "")
 
 
@@ -310,7 +311,7 @@ def test_at_no_moment_does_a_part_look_like_the_whole(
 
     def watched(path: Path, target: Path) -> None:
         try:
-            open_checkpoint(out)
+            open_checked(out)
         except CheckpointError as error:
             refusals.append(str(error))
         else:
@@ -350,7 +351,7 @@ def test_a_killed_process_leaves_nothing_that_looks_complete(folder: Path, tmp_p
     assert done.returncode == -signal.SIGKILL
     assert sorted(os.listdir(out)) == ["consolidated.00.pth.partial", "consolidated.01.pth.partial"]
     with pytest.raises(CheckpointError, match=r"has no consolidated\.\*\.pth; it holds consolidated\.00\.pth\.partial"):
-        open_checkpoint(out)
+        open_checked(out)
     refused(CheckpointError, f"{out} is not empty, it holds consolidated.00.pth.partial: choose", folder, out)
 
 

@@ -194,7 +194,7 @@ def test_steps_of_one_token_agree_with_the_reference(
 def model_of(params: dict, weights: dict[str, torch.Tensor], quantize: str | None, dtype: torch.dtype) -> Transformer:
     """A model with these weights on the device, as they are stored for CUDA."""
     parallel.initialize(DEVICE, 1)
-    model = Transformer(ModelArgs(**params, quantize=quantize))
+    model = Transformer(ModelArgs(**params), weight_format=quantize)
     for name in [name for name, _ in model.named_parameters()]:
         owner, _, leaf = name.rpartition(".")
         module, weight = model.get_submodule(owner), torch.cat([weights[part] for part in sources(name)])

@@ -13,13 +13,13 @@ from reference import forward, rope
 from torch import Tensor
 
 from llama import ModelArgs, Transformer
-from llama.checkpoint.files import open_shards
 from llama.checkpoint.layout import sources
 from llama.checkpoint.loader import load
-from llama.checkpoint.params import read_params
+from llama.checkpoint.source import open_source
 from llama.kernels.ops import rotate
 from llama.model.step import Step
 from llama.model.transformer import RMSNorm, rope_table
+from llama.options import RunOptions
 from llama.parallel import initialize
 
 CPU = torch.device("cpu")
@@ -47,9 +47,8 @@ SCHEDULES: dict[str, Schedule] = {
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     initialize(CPU, None)
-    args, _ = read_params(folder)
-    args.max_seq_len, args.max_batch_size = P, 4
-    return load(folder, open_shards(folder), args, CPU, dtype, 64)
+    source = open_source(folder)
+    return load(source, source.args, RunOptions(max_seq_len=P, max_batch_size=4, dtype=dtype, max_step_tokens=64), CPU)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

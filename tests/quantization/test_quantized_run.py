@@ -59,7 +59,7 @@ def test_a_stored_checkpoint_is_what_loading_makes_of_the_first(tmp_path: Path, 
         0.62 if name == "int8" else 0.42
     )
     loaded, stored = demo(quantize=name), demo(tmp_path / "out", verify=True)
-    assert stored.model.params.quantize == name
+    assert stored.model.weight_format == stored.model.params.quantize == name
     for (path, module), (_, other) in zip(loaded.model.named_modules(), stored.model.named_modules(), strict=True):
         if getattr(module, "scales", None) is not None:
             form = "int8" if path == "output" else name

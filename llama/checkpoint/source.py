@@ -1,0 +1,91 @@
+"""`Source`: the tensors of a checkpoint, by Meta's names, whatever files they lie in."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.layout import EMBEDDING, split_axis
+from llama.checkpoint.meta_folder import MetaFolder
+from llama.model.args import ModelArgs
+
+
+class Source(Protocol):
+    """A checkpoint that can be read: its sizes, and its tensors' names, shapes, dtypes and slices.
+
+    Making one finds its files and reads its sizes; the tensors are looked at when they are first asked for. All but
+    `files` is the same however the tensors are distributed over files. Every method raises CheckpointError.
+    """
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files in which the tensors lie."""
+
+    @property
+    def args(self) -> ModelArgs:
+        """The sizes, as they are declared; a vocabulary of −1 is left to the tensors."""
+
+    @property
+    def ignored(self) -> Sequence[str]:
+        """What was declared beside the sizes, and has no effect."""
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the tensors know, which is not looked up in `args`."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole shape of a tensor."""
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def slices(self, name: str, processes: int, rank: int) -> Iterator[Tensor]:
+        """What process `rank` of `processes` has of a tensor: pieces that follow one another along its split axis.
+
+        On the CPU and read-only: where the file allows they are views of it, in memory that `release` lets go of.
+        """
+
+    def release(self, piece: Tensor) -> None:
+        """Let go of the memory of a piece that has been read."""
+
+    def check(self, args: ModelArgs) -> None:
+        """Raise CheckpointError unless the tensors are those of a model of these sizes, in names, shapes and dtypes."""
+
+    def check_dtypes(self) -> None:
+        """Raise CheckpointError unless each tensor has one dtype, wherever its pieces lie."""
+
+
+def open_source(folder: Path) -> Source:
+    """The checkpoint in a folder."""
+    return MetaFolder(folder)
+
+
+def open_checked(folder: Path) -> tuple[Source, ModelArgs]:
+    """The checkpoint in a folder, and its sizes, which its tensors fit; they say the vocabulary where it is open."""
+    source = open_source(folder)
+    args = source.args if source.args.vocab_size != -1 else replace(source.args, vocab_size=source.vocab_size)
+    source.check(args)
+    return source, args
+
+
+def checkpoint_dtype(source: Source) -> torch.dtype:
+    """The dtype of a checkpoint, of which some tensors may differ: that of its embedding table."""
+    return source.dtype(EMBEDDING)
+
+
+def read_slice(into: Tensor, source: Source, name: str, processes: int, rank: int) -> None:
+    """Copy what process `rank` of `processes` has of a tensor into one of that shape, in its dtype on its device."""
+    axis, begin = split_axis(name) or 0, 0
+    for piece in source.slices(name, processes, rank):
+        length = piece.shape[axis]
+        into.narrow(axis, begin, length).copy_(piece)
+        source.release(piece)
+        begin += length
