@@ -319,14 +319,14 @@ def written(output: Path) -> int:
 
 
 def test_killed_at_random_moments_it_finishes_with_the_same_bytes(tmp_path: Path) -> None:
-    """kill -9, twelve times, when the output has grown by some part; a run that ended is followed by a fresh one."""
+    """kill -9, six times, when the output has grown by some part; a run that ended is followed by a fresh one."""
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(lines(420)) + "\n")
     assert call(file, tmp_path / "whole").returncode == 1  # some lines are bad
     whole = sorted_lines(tmp_path / "whole")
     size, noise = sum(map(len, whole)), random.Random(4)
     kills, number, interrupted = 0, 0, 0
-    while kills < 12:
+    while kills < 6:
         output = tmp_path / f"out {number}"
         enough = written(output) + noise.randrange(size // 3)
         process = subprocess.Popen(command(file, output, "--quiet"), cwd=ROOT, env=environment())
@@ -341,7 +341,7 @@ def test_killed_at_random_moments_it_finishes_with_the_same_bytes(tmp_path: Path
             number += 1
     assert call(file, tmp_path / f"out {number}").returncode == 1
     assert sorted_lines(tmp_path / f"out {number}") == whole
-    assert interrupted >= 5  # most kills hit a run that had written some of its results
+    assert interrupted >= 2  # most kills hit a run that had written some of its results
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
