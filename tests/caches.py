@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llama.model.kv_cache import KVCache
+from llama.model.kv_cache import KVCache, slot_view
 
 CPU = torch.device("cpu")
 
@@ -16,3 +16,9 @@ def write(cache: KVCache, rows: Tensor, new: Tensor) -> None:
     """Put keys and values (2, n, K, D) at token rows (n,) of layer 1."""
     for stored, own in zip((cache.keys[1], cache.values[1]), new, strict=True):
         stored.flatten(1, 2)[:, rows] = own.transpose(0, 1)
+
+
+def view(cache: KVCache, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
+    """The slot's first `length` keys and values, each (K, length, D), as attention sees them."""
+    keys, values = (slot_view(stored, slot, length, cache.dtype) for stored in (cache.keys[layer], cache.values[layer]))
+    return keys, values

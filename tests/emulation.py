@@ -13,6 +13,14 @@ from llama.engine import sampling
 from llama.kernels import dispatch, ops, quantized
 from llama.model import attention, flash_attention
 
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+HALF = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.cuda)]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.cpu().double() - expected.double()).norm() / expected.double().norm()).item()
+
 
 def flash_attention_forward(
     query: Tensor, key: Tensor, value: Tensor, cum_seq_q: Tensor, cum_seq_k: Tensor, max_q: int, max_k: int,
@@ -52,8 +60,8 @@ def flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def emulate_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     flash_attention._varlen_attn()  # PyTorch's own import wants the operator as it is
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention_forward)
-    monkeypatch.setattr(flash_attention, "can_run", lambda keys: True)
-    monkeypatch.setattr("llama.model.attention.can_run", lambda keys: True)
+    for module in (flash_attention, attention):
+        monkeypatch.setattr(module, "flash_kernel_reads", lambda keys: True)
 
 
 @pytest.fixture(scope="session")
@@ -81,5 +89,4 @@ def gpu_path(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "load", lambda: (None, "not on CUDA"))
     for module in (attention, dispatch, quantized, ops):
         monkeypatch.setattr(module, "gpu_kernels", lambda x: gpu)
-    monkeypatch.setattr(attention, "load_gpu", lambda device: gpu)
     monkeypatch.setattr(sampling, "gpu_sampling", lambda device: importlib.import_module("llama.kernels.gpu_sampling"))

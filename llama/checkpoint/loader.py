@@ -23,7 +23,7 @@ from llama.checkpoint.layout import (
 from llama.checkpoint.source import Source, checkpoint_dtype, read_slice
 from llama.device import choose_dtype, parse_dtype
 from llama.errors import CheckpointError
-from llama.kernels.quantized import LANES, can_pack, pack, pack_rows, pack_scales, quantize
+from llama.kernels.quantized import BLOCK_ROWS, can_pack, pack, pack_rows, pack_scales, quantize
 from llama.model.args import ModelArgs
 from llama.model.transformer import Transformer
 from llama.options import RunOptions
@@ -150,7 +150,7 @@ class _Reader:
                 if not piece.is_contiguous() or piece.dtype != dtype or piece.shape[1] != self.source.shape(name)[1]:
                     return []
                 rows.append(piece)
-        return rows if not any(len(piece) % LANES for piece in rows[:-1]) else []
+        return rows if not any(len(piece) % BLOCK_ROWS for piece in rows[:-1]) else []
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return shard_shape(name, self.source.shape(name), self.processes)

@@ -17,7 +17,7 @@ from torch import Tensor
 from llama import parallel
 from llama.engine.sampling import sample_all
 from llama.model import flash_attention
-from llama.model.attention import on_device
+from llama.model.attention import gpu_kernels_for
 from llama.model.kv_cache import KVCache
 from llama.model.step import Step
 from llama.model.transformer import Transformer
@@ -53,7 +53,9 @@ class Row:
 
 def can_loop(model: Transformer, cache: KVCache) -> bool:
     """Where there is something to hide (on CUDA), and no layer needs to know lengths on the host."""
-    return model.device.type == "cuda" and (on_device(cache) or flash_attention.can_run(cache.keys[0]))
+    return model.device.type == "cuda" and (
+        gpu_kernels_for(cache) is not None or flash_attention.flash_kernel_reads(cache.keys[0])
+    )
 
 
 def graph_capture() -> Callable[[Work], Work]:
@@ -162,7 +164,7 @@ class DecodeLoop:
 
         if uses <= WORTH_CAPTURE:
             return work
-        self._held.append(self.model.rope)  # what is captured reads it where it is
+        self._held.append(self.model.prepared.freqs_cis)  # what is captured reads it where it is
         try:
             self._steps[kind] = self._capture(work)
         except RuntimeError as error:

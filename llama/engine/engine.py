@@ -17,7 +17,7 @@ from llama.engine.sampling import adjust, no_token, noise_key, sample, top_logpr
 from llama.engine.scheduler import Chunk, Scheduler, Sequence
 from llama.errors import NumericalError, ParameterError, PromptError
 from llama.interrupts import let_through
-from llama.kernels.ops import choose
+from llama.kernels.sample import greedy
 from llama.model.step import Step
 from llama.model.transformer import Transformer
 from llama.request import Completion, FinishReason, Request
@@ -229,7 +229,7 @@ class Engine:
 
     def _give(self, chunks: list[Chunk], wanted: list[range], logits: Tensor) -> list[Request]:
         """Hand the rows of logits to their requests: scores of prompt tokens, then the next tokens."""
-        best, finite = choose(logits)
+        best, finite = greedy(logits)
         progressed, deciding, rows, first = [], [], [], 0
         for chunk, positions in zip(chunks, wanted, strict=True):
             own = range(first, first + len(positions))
@@ -322,17 +322,17 @@ def _pack(chunks: list[Chunk], wanted: list[range], device: torch.device) -> Ste
 
 def _choose(requests: list[Request], keys: list[bytes], logits: Tensor, best: list[int]) -> Iterable[int | None]:
     """The next token of each request; None for one that forbids every token."""
-    greedy = all(request.params.temperature == 0 for request in requests)
+    all_greedy = all(request.params.temperature == 0 for request in requests)
     changed = [row for row, request in enumerate(requests) if not request.params.plain]
     if not changed:
-        return best if greedy else _sample(requests, keys, logits)
+        return best if all_greedy else _sample(requests, keys, logits)
     logits = logits.clone()
     for row in changed:
         request = requests[row]
         logits[row] = adjust(logits[row], request.params, request.prompt, request.tokens, request.stop_tokens)
     empty = logits.amax(-1) == -torch.inf
     logits.masked_fill_(empty[:, None], 0)
-    tokens = choose(logits)[0] if greedy else _sample(requests, keys, logits)
+    tokens = greedy(logits)[0] if all_greedy else _sample(requests, keys, logits)
     return [None if none else token for none, token in zip(empty.tolist(), tokens, strict=True)]
 
 

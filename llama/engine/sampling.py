@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llama.errors import ParameterError
-from llama.kernels.dispatch import gpu_sampling, usable
-from llama.kernels.ops import draw
+from llama.kernels.dispatch import cpu_library, gpu_sampling
+from llama.kernels.sample import draw
 from llama.request import Request, SamplingParams
 
 NOISE_BITS = 24  # of a number of noise: as many as float32 has
@@ -38,7 +38,7 @@ def sample(logits: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
     the largest logit. The filters are those of `SamplingParams`, ties going to the lower token; of the kept tokens, in
     the order of their ids, the one is taken in which noise · kept mass falls.
     """
-    return draw(logits, numbers, top_k) if usable(logits) else sample_all(logits, numbers, top_k)
+    return draw(logits, numbers, top_k) if cpu_library(logits) else sample_all(logits, numbers, top_k)
 
 
 def sample_all(logits: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:

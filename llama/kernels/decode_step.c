@@ -1,19 +1,19 @@
-/* A whole decode step in one call: what a step of few rows costs beside reading the weights is mostly the calls. The
-   operations are those of quantized.c and small.c, in the order in which model.py has them. */
+/* A whole decode step in one call. Beside reading the weights, a step of few rows mostly costs its calls from Python. The
+   operations are those of quantized.c and ops.c, in the order in which model/transformer.py has them. */
 
 #include "kernels.h"
 
-/* Matrices have scales where they are quantised. One layer, as Python lays it out: a table of pointers. */
+/* One layer: the pointers that decode_step.py passes. The scales of a matrix that is not quantised are 0. */
 typedef struct {
     const void *attention_norm, *wqkv, *wqkv_scales, *wo, *wo_scales;
     const void *ffn_norm, *w13, *w13_scales, *w2, *w2_scales;
     void *keys, *values;
 } Layer;
 
-/* What is before the layers and after them. `turns`: (positions, head_dim), see small.c. */
+/* What is before the layers and after them. `freqs_cis`: (positions, head_dim), see ops.c. */
 typedef struct {
     const void *embeddings, *norm, *output, *output_scales;
-    const float *turns;
+    const float *freqs_cis;
 } Ends;
 
 typedef struct {
@@ -37,7 +37,7 @@ static void add(const Shape *s, void *x, const void *y) {
 /* The parts of the workspace, each on whole cache lines. */
 typedef struct {
     void *x, *normed, *wide, *q, *attended, *result;
-    float *scores, *turns;
+    float *scores, *freqs_cis;
     int64_t *rows, *starts, *lengths, *places;
     uint8_t *product, *end;
 } Parts;
@@ -63,7 +63,7 @@ static Parts parts_of(const Shape *s, int64_t longest, uint8_t *workspace) {
     p.attended = take(&at, n * heads * size);
     p.result = take(&at, n * s->dim * size);
     p.scores = (float *)take(&at, s->threads * longest * 4);
-    p.turns = (float *)take(&at, n * s->head_dim * 4);
+    p.freqs_cis = (float *)take(&at, n * s->head_dim * 4);
     p.rows = (int64_t *)take(&at, n * 8);
     p.starts = (int64_t *)take(&at, n * 8);
     p.lengths = (int64_t *)take(&at, n * 8);
@@ -86,7 +86,7 @@ static void run_layer(const Shape *s, const Layer *layer, int64_t longest, const
     llama_rms_norm(p->x, layer->attention_norm, p->normed, s->n, s->dim, s->eps, s->dtype, s->variant, few);
     product(s, s->format, p->normed, layer->wqkv, layer->wqkv_scales, p->wide, s->dim,
             heads + 2 * s->n_kv_heads * s->head_dim, p->product);
-    llama_turn(p->wide, p->turns, p->q, layer->keys, layer->values, p->places, s->n, stride, s->n_heads, s->n_kv_heads,
+    llama_rope(p->wide, p->freqs_cis, p->q, layer->keys, layer->values, p->places, s->n, stride, s->n_heads, s->n_kv_heads,
                s->head_dim, s->dtype, s->variant, few);
     llama_attend(p->q, layer->keys, layer->values, p->attended, p->rows, p->starts, p->lengths, p->scores, s->n, longest,
                  stride, s->n_heads, s->n_kv_heads, s->head_dim, s->dtype, s->variant, attending);
@@ -94,7 +94,7 @@ static void run_layer(const Shape *s, const Layer *layer, int64_t longest, const
     add(s, p->x, p->result);
     llama_rms_norm(p->x, layer->ffn_norm, p->normed, s->n, s->dim, s->eps, s->dtype, s->variant, few);
     product(s, s->format, p->normed, layer->w13, layer->w13_scales, p->wide, s->dim, 2 * s->hidden, p->product);
-    llama_gate(p->wide, p->normed, s->n, s->hidden, s->dtype, s->variant, few);
+    llama_silu_and_mul(p->wide, p->normed, s->n, s->hidden, s->dtype, s->variant, few);
     product(s, s->format, p->normed, layer->w2, layer->w2_scales, p->result, s->hidden, s->dim, p->product);
     add(s, p->x, p->result);
 }
@@ -108,7 +108,7 @@ void llama_step(
     int64_t row_bytes = s->dim * (s->dtype == BFLOAT16 ? 2 : 4);
     for (int64_t i = 0; i < s->n; i++) {
         memcpy((char *)p.x + i * row_bytes, (const char *)ends->embeddings + tokens[i] * row_bytes, row_bytes);
-        memcpy(p.turns + i * s->head_dim, ends->turns + positions[i] * s->head_dim, s->head_dim * sizeof(float));
+        memcpy(p.freqs_cis + i * s->head_dim, ends->freqs_cis + positions[i] * s->head_dim, s->head_dim * sizeof(float));
         p.rows[i] = i;
         p.starts[i] = slots[i] * s->max_seq_len;
         p.places[i] = p.starts[i] + positions[i];

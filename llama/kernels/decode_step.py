@@ -6,16 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.kernels.dispatch import DTYPES, usable, variant
-from llama.kernels.ops import MOST_HEAD_DIM
-from llama.kernels.quantized import NUMBERS, is_packed
+from llama.kernels.dispatch import cpu_library
+from llama.kernels.library import DTYPE_CODES, FORMAT_CODES, variant
+from llama.kernels.ops import CPU_MAX_HEAD_DIM
+from llama.kernels.quantized import is_packed
 
-MOST_ROWS = 16  # of a step: for more, calls weigh little
+MOST_ROWS = 16  # of a step: with more, calls take little of its time
 _MATRICES = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 
 
 class Shape(ctypes.Structure):
-    """layers.c's Shape."""
+    """decode_step.c's Shape."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("n", "dim", "hidden", "vocab", "n_heads", "n_kv_heads", "head_dim")),
@@ -26,11 +27,14 @@ class Shape(ctypes.Structure):
 
 
 class DecodeStep:
-    """A model and a cache as tables of pointers; both must stay where they are."""
+    """A model, its RoPE table and a cache as tables of pointers; their memory must stay where it is.
 
-    def __init__(self, model: Any, cache: Any) -> None:
+    The model and the cache are `Any`: this package lies below theirs and may not import their types.
+    """
+
+    def __init__(self, model: Any, freqs_cis: Tensor, cache: Any) -> None:
         args = model.params
-        self._held = (model.rope, cache)
+        self._freqs_cis, self._cache = freqs_cis, cache
         self._workspace = torch.empty(0, dtype=torch.uint8)
         layers = []
         for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
@@ -41,24 +45,24 @@ class DecodeStep:
             ])  # fmt: skip
         self._layers = torch.tensor(layers, dtype=torch.int64)
         ends = [model.tok_embeddings.weight.data_ptr(), model.norm.weight.data_ptr(), *_pointers(model.output)]
-        self._ends = torch.tensor([*ends, model.rope.data_ptr()], dtype=torch.int64)
+        self._ends = torch.tensor([*ends, freqs_cis.data_ptr()], dtype=torch.int64)
         self._shape = Shape(
             dim=args.dim, hidden=args.hidden_dim, vocab=args.vocab_size, n_heads=args.n_heads,
             n_kv_heads=args.kv_heads, head_dim=args.head_dim, max_seq_len=cache.max_seq_len, slots=cache.slots,
-            eps=args.norm_eps, dtype=DTYPES[model.dtype], format=NUMBERS[wo.weight.dtype],
-            output_format=NUMBERS[model.output.weight.dtype], variant=variant(),
+            eps=args.norm_eps, dtype=DTYPE_CODES[model.dtype], format=FORMAT_CODES[wo.weight.dtype],
+            output_format=FORMAT_CODES[model.output.weight.dtype], variant=variant(),
         )  # fmt: skip
 
-    def of(self, rope: Tensor, cache: Any) -> bool:
-        """Whether these are the tables of that cache, and of that table of turns."""
-        return self._held[0] is rope and self._held[1] is cache
+    def is_of(self, freqs_cis: Tensor, cache: Any) -> bool:
+        """Whether these pointers are those of that RoPE table and cache."""
+        return self._freqs_cis is freqs_cis and self._cache is cache
 
     def run(self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Tokens (N,), the next of N sequences, at `positions` of their `slots`, none of which then holds more than
         `longest` tokens → logits (N, vocab) float32. Their keys and values are in the cache then."""
         shape, n = self._shape, len(tokens)
         shape.n, shape.threads = n, torch.get_num_threads()
-        library = usable(self._held[1].keys[0])
+        library = cpu_library(self._cache.keys[0])
         assert library is not None
         needed = library.llama_step_workspace(ctypes.byref(shape), shape.max_seq_len)
         if self._workspace.numel() < needed:
@@ -71,11 +75,12 @@ class DecodeStep:
         return logits
 
 
-def can_run(rows: int, model: Any, cache: Any) -> bool:
+def can_fuse_on_cpu(rows: int, model: Any, cache: Any) -> bool:
     """Whether `DecodeStep` can compute a step of so many rows: where the matrices are packed for our kernels."""
     keys = cache.keys[0]
-    packed = is_packed(model.output.weight) and is_packed(model.layers[-1].attention.wo.weight)
-    return packed and rows <= MOST_ROWS and keys.dtype == model.dtype and keys.shape[-1] <= MOST_HEAD_DIM
+    if not (is_packed(model.output.weight) and is_packed(model.layers[-1].attention.wo.weight)):
+        return False
+    return rows <= MOST_ROWS and bool(keys.dtype == model.dtype) and keys.shape[-1] <= CPU_MAX_HEAD_DIM
 
 
 def _pointers(linear: Any) -> tuple[int, int]:

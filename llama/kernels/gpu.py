@@ -1,7 +1,7 @@
 """Kernels for CUDA, in Triton: products of few rows with quantised weights, and the small operations of a layer.
 
 A decode step waits for memory: each kernel reads what it needs once, and does all that can be done with it. Letters in
-shapes as in model.py; C inputs and R outputs of a matrix.
+shapes as in transformer.py; C inputs and R outputs of a matrix.
 """
 
 import os
@@ -19,8 +19,8 @@ TILES = {
     False: {8: (64, 256, 4, 3), 16: (64, 128, 2, 3), 32: (64, 128, 2, 3), 64: (128, 128, 4, 3)},
     True: {8: (64, 256, 4, 3), 16: (64, 128, 2, 3), 32: (128, 64, 4, 4), 64: (128, 128, 4, 3)},
 }
-WARPS = 1056  # that a product should have: 8 a multiprocessor of Hopper's
-GROUP = tl.constexpr(32)  # inputs that share a scale: weight_format's
+WARPS = 1056  # a product should have so many: 8 for each multiprocessor of an H100
+GROUP = tl.constexpr(32)  # inputs that share a scale: those of quantization/formats.py
 
 
 # ------------------------------------------------------------------------------------------------- quantised products
@@ -120,7 +120,7 @@ def _numbers(q, scale, like, EACH: tl.constexpr, FOUR_BITS: tl.constexpr):
 
 @triton.jit
 def _product_kernel(
-    x, weight, scales, y, n, inputs, outputs, held, groups, part,
+    x, weight, scales, y, n, inputs, outputs, row_bytes, groups, part,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, FOUR_BITS: tl.constexpr,
 ):  # fmt: skip
     """y (parts, n, R) for OUTPUTS outputs and a part of the groups: INPUTS at a time, dequantised and multiplied."""
@@ -128,9 +128,9 @@ def _product_kernel(
     there, rows_there = out[:, None] < outputs, row[None, :] < n
     total = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     EACH: tl.constexpr = GROUP // 2 if FOUR_BITS else GROUP  # bytes of a group
-    HELD: tl.constexpr = INPUTS // GROUP * EACH
-    byte, group = tl.arange(0, HELD), tl.arange(0, INPUTS // GROUP)
-    w = weight + out[:, None].to(tl.int64) * held + byte[None, :]
+    BYTES: tl.constexpr = INPUTS // GROUP * EACH
+    byte, group = tl.arange(0, BYTES), tl.arange(0, INPUTS // GROUP)
+    w = weight + out[:, None].to(tl.int64) * row_bytes + byte[None, :]
     s = scales + out[:, None].to(tl.int64) * groups + group[None, :]
     # A byte of four bits holds input j of its group in the low half, and j + 16 in the high.
     column = x + row[None, :].to(tl.int64) * inputs + (byte // EACH * GROUP + byte % EACH)[:, None]
@@ -187,7 +187,7 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, outputs: int) -> Tensor:
 
 @triton.jit
 def _dequantize_kernel(
-    weight, scales, to, inputs, outputs, held, groups,
+    weight, scales, to, inputs, outputs, row_bytes, groups,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, FOUR_BITS: tl.constexpr,
 ):  # fmt: skip
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -197,7 +197,7 @@ def _dequantize_kernel(
     there = (out[:, None] < outputs) & (byte < (groups - first) * EACH)[None, :]
     there_group = (out[:, None] < outputs) & (group < groups - first)[None, :]
     row = out[:, None].to(tl.int64)
-    q = tl.load(weight + row * held + first * EACH + byte[None, :], mask=there, other=0)
+    q = tl.load(weight + row * row_bytes + first * EACH + byte[None, :], mask=there, other=0)
     scale = tl.load(scales + row * groups + first + group[None, :], mask=there_group, other=0.0)
     low, high = _numbers(q, scale, tl.zeros((1,), to.dtype.element_ty), EACH, FOUR_BITS)
     at = to + row * inputs + first * GROUP + (byte // EACH * GROUP + byte % EACH)[None, :]
@@ -221,14 +221,14 @@ def dequantize(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _norm_kernel(x, more, weight, total, y, dim, eps, ADDS: tl.constexpr, WIDE: tl.constexpr):
-    """A row: x + more, stored as the total, and its RMSNorm."""
+def _norm_kernel(x, residual, weight, total, y, dim, eps, ADDS: tl.constexpr, WIDE: tl.constexpr):
+    """A row: residual + x, stored as the total, and its RMSNorm."""
     at = tl.program_id(0).to(tl.int64) * dim
     i = tl.arange(0, WIDE)
     there = i < dim
-    value = tl.load(x + at + i, mask=there, other=0)
+    value = tl.load(residual + at + i, mask=there, other=0)
     if ADDS:
-        value = value + tl.load(more + at + i, mask=there, other=0)
+        value = value + tl.load(x + at + i, mask=there, other=0)
         tl.store(total + at + i, value, mask=there)
     number = value.to(tl.float32)
     number = number * tl.rsqrt(tl.sum(number * number, axis=0) / dim + eps)
@@ -236,77 +236,73 @@ def _norm_kernel(x, more, weight, total, y, dim, eps, ADDS: tl.constexpr, WIDE: 
     tl.store(y + at + i, scaled, mask=there)
 
 
-def add_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + more (N, dim) (x where that is None), and its RMSNorm, in float32 up to the weight."""
+def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `ops.add_norm`: the RMSNorm of residual + x (N, dim), and that sum; of x alone where there is no residual."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    total = x if more is None else torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
     _norm_kernel[(x.shape[0],)](
-        x, x if more is None else more.contiguous(), weight, total, y, x.shape[1], eps, ADDS=more is not None,
-        WIDE=triton.next_power_of_2(x.shape[1]), num_warps=8,
+        x, x if residual is None else residual.contiguous(), weight, total, y, x.shape[1], eps,
+        ADDS=residual is not None,        WIDE=triton.next_power_of_2(x.shape[1]), num_warps=8,
     )  # fmt: skip
-    return total, y
+    return y, total
 
 
 @triton.jit
-def _gate_kernel(both, y, hidden, WIDE: tl.constexpr):
+def _silu_and_mul_kernel(both, y, hidden, WIDE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     there = i < hidden
-    opened = tl.load(both + row * 2 * hidden + i, mask=there, other=0)
+    gate = tl.load(both + row * 2 * hidden + i, mask=there, other=0)
     up = tl.load(both + row * 2 * hidden + hidden + i, mask=there, other=0)
-    number = opened.to(tl.float32)
-    tl.store(y + row * hidden + i, (number / (1 + tl.exp(-number))).to(opened.dtype) * up, mask=there)
+    number = gate.to(tl.float32)
+    tl.store(y + row * hidden + i, (number / (1 + tl.exp(-number))).to(gate.dtype) * up, mask=there)
 
 
-def gate(both: Tensor) -> Tensor:
+def silu_and_mul(both: Tensor) -> Tensor:
     """SwiGLU's product: (N, 2F) → silu(first half) · second half (N, F)."""
     both = both.contiguous()
     n, hidden = both.shape[0], both.shape[1] // 2
     y = torch.empty((n, hidden), dtype=both.dtype, device=both.device)
-    _gate_kernel[(n, triton.cdiv(hidden, 1024))](both, y, hidden, WIDE=1024, num_warps=4)
+    _silu_and_mul_kernel[(n, triton.cdiv(hidden, 1024))](both, y, hidden, WIDE=1024, num_warps=4)
     return y
 
 
 @triton.jit
-def _turn_kernel(
-    heads, turns, q, keys, values, rows, n_heads, n_kv_heads, stride, most,
+def _rope_kernel(
+    heads, freqs_cis, q, keys, values, rows, n_heads, n_kv_heads, stride, most,
     HEADS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one token: turned, those that are not values; to the queries or to the cache."""
-    token, head, i = (
-        tl.program_id(0).to(tl.int64),
-        tl.program_id(1) * HEADS + tl.arange(0, HEADS),
-        tl.arange(0, 2 * WIDE),
-    )
+    """HEADS heads of one token: RoPE for queries and keys; queries go to q, keys and values to the cache."""
+    token = tl.program_id(0).to(tl.int64)
+    head, i = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, 2 * WIDE)
     n, pair = n_heads + 2 * n_kv_heads, tl.arange(0, WIDE)
     head, wide = head[:, None], i[None, :] < 2 * HALF
     number = tl.load(heads + (token * n + head) * 2 * HALF + i[None, :], mask=wide & (head < n), other=0)
     a, b = tl.split(tl.reshape(number.to(tl.float32), (HEADS, WIDE, 2)))
-    turn, there = turns + (token * 2 * HALF + 2 * pair)[None, :], pair[None, :] < HALF
-    c, s = tl.load(turn, mask=there, other=0), tl.load(turn + 1, mask=there, other=0)
-    turned = head < n_heads + n_kv_heads
-    first, second = tl.where(turned, a * c - b * s, a), tl.where(turned, a * s + b * c, b)
+    cis, there = freqs_cis + (token * 2 * HALF + 2 * pair)[None, :], pair[None, :] < HALF
+    c, s = tl.load(cis, mask=there, other=0), tl.load(cis + 1, mask=there, other=0)
+    rotates = head < n_heads + n_kv_heads
+    first, second = tl.where(rotates, a * c - b * s, a), tl.where(rotates, a * s + b * c, b)
     number = tl.reshape(tl.join(first, second), (HEADS, 2 * WIDE))
     at = (token * n_heads + head) * 2 * HALF + i[None, :]
     tl.store(q + at, number.to(q.dtype.element_ty), mask=wide & (head < n_heads))
-    number, key, value = (
-        tl.clamp(number, -most, most).to(keys.dtype.element_ty),
-        head - n_heads,
-        head - n_heads - n_kv_heads,
-    )
+    number = tl.clamp(number, -most, most).to(keys.dtype.element_ty)
+    key, value = head - n_heads, head - n_heads - n_kv_heads
     place = tl.load(rows + token) * 2 * HALF + i[None, :]
     tl.store(keys + key.to(tl.int64) * stride + place, number, mask=wide & (key >= 0) & (value < 0))
     tl.store(values + value.to(tl.int64) * stride + place, number, mask=wide & (value >= 0) & (head < n))
 
 
-def turn_and_store(heads: Tensor, turns: Tensor, keys: Tensor, values: Tensor, rows: Tensor, n_heads: int) -> Tensor:
-    """As `small.turn_and_store`; the cache may be float8, into whose range numbers are cut."""
-    heads, turns, n_kv_heads = heads.contiguous(), turns.contiguous(), keys.shape[0]
+def rope_and_store(
+    heads: Tensor, freqs_cis: Tensor, keys: Tensor, values: Tensor, rows: Tensor, n_heads: int
+) -> Tensor:  # fmt: skip
+    """As `ops.rope_and_store`; the cache may be float8, into whose range numbers are cut."""
+    heads, freqs_cis, n_kv_heads = heads.contiguous(), freqs_cis.contiguous(), keys.shape[0]
     n, _, head_dim = heads.shape
     q = torch.empty((n, n_heads, head_dim), dtype=heads.dtype, device=heads.device)
-    _turn_kernel[(n, triton.cdiv(n_heads + 2 * n_kv_heads, 8))](
-        heads, turns, q, keys, values, rows, n_heads, n_kv_heads, keys.stride(0), torch.finfo(keys.dtype).max,
+    _rope_kernel[(n, triton.cdiv(n_heads + 2 * n_kv_heads, 8))](
+        heads, freqs_cis, q, keys, values, rows, n_heads, n_kv_heads, keys.stride(0), torch.finfo(keys.dtype).max,
         HEADS=8, HALF=head_dim // 2, WIDE=triton.next_power_of_2(head_dim // 2), num_warps=4,
     )  # fmt: skip
     return q

@@ -1,4 +1,4 @@
-"""Attention of single queries on CUDA, in Triton: a decode step's. Letters in shapes as in model.py.
+"""Attention of single queries on CUDA, in Triton: a decode step's. Letters in shapes as in transformer.py.
 
 A sequence is split between programs, whose sums are joined by their weights (https://arxiv.org/abs/2311.01282).
 """
@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SPLIT = 256  # positions of a sequence that one program attends to
 FEW, SPLIT_OF_FEW = 64, 64  # as many in a step of up to FEW sequences · kv heads, so that all cores have work
-BLOCK = 64  # of them at a time
+BLOCK_SIZE = 64  # positions at a time
 LOG2_E = 1.4426950408889634
 
 
@@ -19,7 +19,7 @@ LOG2_E = 1.4426950408889634
 def _attend_kernel(
     q, keys, values, slots, positions, parts, weights, n_heads, stride, max_seq_len, scale,
     SHARED: tl.constexpr, PADDED: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One sequence, a kv head with the SHARED query heads that share it, SPLIT positions: their sum, and its weight."""
     if EARLY:
@@ -33,16 +33,15 @@ def _attend_kernel(
         heads_there, wide = head < SHARED, i < HEAD_DIM
         query = (sequence * n_heads + kv_head * SHARED + head).to(tl.int64)
         own = tl.load(q + query[:, None] * HEAD_DIM + i[None, :], mask=heads_there[:, None] & wide[None, :], other=0)
-        if (
-            own.dtype == tl.bfloat16 and keys.dtype.element_ty == tl.float8e4nv
-        ):  # which becomes float16 in one instruction
+        # A float8 key becomes float16 in one instruction, so its bfloat16 query becomes float16 too.
+        if own.dtype == tl.bfloat16 and keys.dtype.element_ty == tl.float8e4nv:
             own, scale = (own.to(tl.float32) * scale).to(tl.float16), 1.0
         base = kv_head.to(tl.int64) * stride + tl.load(slots + sequence) * max_seq_len * HEAD_DIM
         largest = tl.full((PADDED,), float("-inf"), dtype=tl.float32)
         mass = tl.zeros((PADDED,), dtype=tl.float32)
         total = tl.zeros((PADDED, WIDE), dtype=tl.float32)
-        for start in range(first, tl.minimum(first + SPLIT, length), BLOCK):
-            position = start + tl.arange(0, BLOCK)
+        for start in range(first, tl.minimum(first + SPLIT, length), BLOCK_SIZE):
+            position = start + tl.arange(0, BLOCK_SIZE)
             seen = position < length
             at = base + position[:, None].to(tl.int64) * HEAD_DIM + i[None, :]
             mask = seen[:, None] & wide[None, :]
@@ -92,8 +91,8 @@ def attend(
     """Attention of single queries: q (N, H, D), of sequences in slots (N,) at positions (N,), which they see too.
 
     Keys and values (K, S, P, D) are a layer's cache, of q's dtype or float8. Long sequences are split between programs,
-    as many as the longest may need (https://arxiv.org/abs/2311.01282), so that nothing depends on lengths that only
-    the device knows. `early`: begin before the kernels ahead have ended, and wait for them then.
+    as many as the longest may need, so that the launch does not depend on lengths that only the device knows. `early`:
+    begin before the kernels ahead have ended, and wait for them then.
     """
     q = q.contiguous()
     (n, n_heads, head_dim), (n_kv_heads, _, max_seq_len, _) = q.shape, keys.shape
@@ -101,12 +100,12 @@ def attend(
     n_parts, shared = triton.cdiv(max_seq_len, split), n_heads // n_kv_heads
     parts = torch.empty((n, n_heads, n_parts, head_dim), dtype=torch.float32, device=q.device)
     weights = torch.empty((n, n_heads, n_parts), dtype=torch.float32, device=q.device)
-    options = {"launch_pdl": True} if early else {}
+    options: dict[str, int | bool] = {"launch_pdl": True} if early else {}
     options |= {"WIDE": max(16, triton.next_power_of_2(head_dim)), "SPLIT": split, "EARLY": early, "num_warps": 4}
     _attend_kernel[(n, n_kv_heads, n_parts)](
         q, keys, values, slots, positions, parts, weights, n_heads, keys.stride(0), max_seq_len,
         head_dim**-0.5 * LOG2_E, SHARED=shared, PADDED=max(16, triton.next_power_of_2(shared)), HEAD_DIM=head_dim,
-        BLOCK=BLOCK, num_stages=2, **options,
+        BLOCK_SIZE=BLOCK_SIZE, num_stages=2, **options,
     )  # fmt: skip
     out = torch.empty_like(q)
     _join_kernel[(n, n_heads)](

@@ -2,7 +2,7 @@
 
 A product with one row is no work for matrix units. A program has a few rows of weights and asks for all of them before
 the kernel ahead of it has ended (programmatic dependent launch, from Hopper on), so that memory never rests; norms,
-turns, the gate and the residual sums are computed where their inputs are in registers anyway.
+RoPE, SwiGLU and the residual sums are computed where their inputs are in registers anyway.
 """
 
 from typing import Any
@@ -52,10 +52,10 @@ def _from_int4(q):
 @triton.jit
 def _ask(
     weight, scales, rows,
-    FIRST: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, FORM: tl.constexpr,
+    FIRST: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Of some rows, WIDE of the weights as they are stored, from input FIRST on; and their scales."""
-    PER: tl.constexpr = 2 if FORM == 4 else 1  # weights of a number
+    PER: tl.constexpr = 2 if BITS == 4 else 1  # weights of a number
     i = FIRST // PER + tl.arange(0, WIDE // PER)
     row = rows[:, None].to(tl.int64)
     at = weight + row * (INPUTS // PER) + i[None, :]
@@ -64,7 +64,7 @@ def _ask(
     else:
         q = tl.load(at, mask=(i < INPUTS // PER)[None, :], other=0, eviction_policy="evict_first")
     scale = 1.0
-    if FORM != 16:
+    if BITS != 16:
         group = FIRST // GROUP + tl.arange(0, WIDE // GROUP)
         at = scales + row * (INPUTS // GROUP) + group[None, :]
         scale = tl.load(at, mask=(group < INPUTS // GROUP)[None, :], other=0.0)
@@ -84,26 +84,26 @@ def _inputs(x, gain, i, INPUTS: tl.constexpr, NORM: tl.constexpr):
 @triton.jit
 def _multiply(
     q, scale, x, gain,
-    FIRST: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, FORM: tl.constexpr, NORM: tl.constexpr,
+    FIRST: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """What `_ask` got, times its inputs: numbers whose sum over the second axis is the rows' product."""
-    if FORM == 16:
+    if BITS == 16:
         number, squares = _inputs(x, gain, FIRST + tl.arange(0, WIDE), INPUTS, NORM)
         part = q.to(tl.float32) * number[None, :]
-    elif FORM == 8:
+    elif BITS == 8:
         number, squares = _inputs(x, gain, FIRST + tl.arange(0, WIDE), INPUTS, NORM)
-        more = BYTE * _by_group(number[None, :], GROUP)
-        part = (_by_group(_from_int8(q) * number[None, :], GROUP) - more) * scale.to(tl.float32)
+        offset = BYTE * _by_group(number[None, :], GROUP)
+        part = (_by_group(_from_int8(q) * number[None, :], GROUP) - offset) * scale.to(tl.float32)
     else:
         # A byte holds input j of its group in the low half, and j + 16 in the high.
         byte = tl.arange(0, WIDE // 2)
         i = FIRST + byte // 16 * GROUP + byte % 16
         number, squares = _inputs(x, gain, i, INPUTS, NORM)
         other, other_squares = _inputs(x, gain, i + 16, INPUTS, NORM)
-        more = LOW * _by_group(number[None, :], 16) + HIGH * _by_group(other[None, :], 16)
+        offset = LOW * _by_group(number[None, :], 16) + HIGH * _by_group(other[None, :], 16)
         low, high = _from_int4(q)
         part = _by_group(low * number[None, :], 16) + _by_group(high * other[None, :], 16)
-        part = (part - more) * scale.to(tl.float32)
+        part = (part - offset) * scale.to(tl.float32)
         squares += other_squares
     return part, squares
 
@@ -117,18 +117,18 @@ def _by_group(numbers, EACH: tl.constexpr):
 @triton.jit
 def _products(
     x, gain, weight, scales, rows, eps,
-    INPUTS: tl.constexpr, WIDE: tl.constexpr, FORM: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    INPUTS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Rows of the weights times x, or its RMSNorm: float32. The first WIDE weights are asked for before x is there."""
     if EARLY:
         gdc_launch_dependents()
-    q, scale = _ask(weight, scales, rows, 0, INPUTS, WIDE, FORM)
+    q, scale = _ask(weight, scales, rows, 0, INPUTS, WIDE, BITS)
     if EARLY:
         gdc_wait()
-    total, squares = _multiply(q, scale, x, gain, 0, INPUTS, WIDE, FORM, NORM)
+    total, squares = _multiply(q, scale, x, gain, 0, INPUTS, WIDE, BITS, NORM)
     for chunk in tl.static_range(1, (INPUTS + WIDE - 1) // WIDE):
-        q, scale = _ask(weight, scales, rows, chunk * WIDE, INPUTS, WIDE, FORM)
-        part, more_squares = _multiply(q, scale, x, gain, chunk * WIDE, INPUTS, WIDE, FORM, NORM)
+        q, scale = _ask(weight, scales, rows, chunk * WIDE, INPUTS, WIDE, BITS)
+        part, more_squares = _multiply(q, scale, x, gain, chunk * WIDE, INPUTS, WIDE, BITS, NORM)
         total += part
         squares += more_squares
     y = tl.sum(total, axis=1)
@@ -139,46 +139,46 @@ def _products(
 
 @triton.jit
 def _sum_kernel(
-    x, gain, weight, scales, more, y, outputs, eps,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, FORM: tl.constexpr, NORM: tl.constexpr,
+    x, gain, weight, scales, residual, y, outputs, eps,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr,
     ADDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """OUTPUTS of the outputs of a product, or of `more` and it."""
+    """OUTPUTS of the outputs of a product, or of residual + product."""
     out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    number = _products(x, gain, weight, scales, tl.minimum(out, outputs - 1), eps, INPUTS, WIDE, FORM, NORM, EARLY)
+    number = _products(x, gain, weight, scales, tl.minimum(out, outputs - 1), eps, INPUTS, WIDE, BITS, NORM, EARLY)
     if ADDS:
-        number += tl.load(more + out, mask=out < outputs, other=0.0).to(tl.float32)
+        number += tl.load(residual + out, mask=out < outputs, other=0.0).to(tl.float32)
     tl.store(y + out, number.to(y.dtype.element_ty), mask=out < outputs)
 
 
 @triton.jit
-def _gated_kernel(
+def _swiglu_kernel(
     x, gain, weight, scales, y, hidden, eps,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, FORM: tl.constexpr, EARLY: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """OUTPUTS / 2 of the inputs of w2: silu(w1 x) · w3 x, of x's norm; w3 is below w1."""
     half, first = tl.arange(0, OUTPUTS), tl.program_id(0) * (OUTPUTS // 2)
     rows = tl.minimum(first + half // 2, hidden - 1) + half % 2 * hidden
-    number = _products(x, gain, weight, scales, rows, eps, INPUTS, WIDE, FORM, True, EARLY)
-    opened, up = tl.split(tl.reshape(number, (OUTPUTS // 2, 2)))
+    number = _products(x, gain, weight, scales, rows, eps, INPUTS, WIDE, BITS, True, EARLY)
+    gate, up = tl.split(tl.reshape(number, (OUTPUTS // 2, 2)))
     out = first + tl.arange(0, OUTPUTS // 2)
-    tl.store(y + out, (opened / (1 + tl.exp(-opened)) * up).to(y.dtype.element_ty), mask=out < hidden)
+    tl.store(y + out, (gate / (1 + tl.exp(-gate)) * up).to(y.dtype.element_ty), mask=out < hidden)
 
 
 @triton.jit
 def _heads_kernel(
-    x, gain, weight, scales, rope, slots, positions, q, keys, values, n_heads, n_kv_heads, stride, max_seq_len, most,
-    eps, HEAD_DIM: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr, FORM: tl.constexpr,
-    EARLY: tl.constexpr,
+    x, gain, weight, scales, freqs_cis, slots, positions, q, keys, values, n_heads, n_kv_heads, stride, max_seq_len,
+    most, eps, HEAD_DIM: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDE: tl.constexpr,
+    BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """OUTPUTS numbers of a head, of x's norm: turned, unless it is a value; to the queries or to the cache."""
+    """OUTPUTS numbers of a head, of x's norm: RoPE for a query or a key; to the queries or to the cache."""
     first = tl.program_id(0) * OUTPUTS
-    number = _products(x, gain, weight, scales, first + tl.arange(0, OUTPUTS), eps, INPUTS, WIDE, FORM, True, EARLY)
+    number = _products(x, gain, weight, scales, first + tl.arange(0, OUTPUTS), eps, INPUTS, WIDE, BITS, True, EARLY)
     a, b = tl.split(tl.reshape(number, (OUTPUTS // 2, 2)))
     head, at = first // HEAD_DIM, first % HEAD_DIM + 2 * tl.arange(0, OUTPUTS // 2)
     position = tl.load(positions)
     if head < n_heads + n_kv_heads:
-        c, s = tl.load(rope + position * HEAD_DIM + at), tl.load(rope + position * HEAD_DIM + at + 1)
+        c, s = tl.load(freqs_cis + position * HEAD_DIM + at), tl.load(freqs_cis + position * HEAD_DIM + at + 1)
         a, b = a * c - b * s, a * s + b * c
     if head < n_heads:
         _store_pairs(q + head * HEAD_DIM + at, a, b)
@@ -199,58 +199,61 @@ def _store_pairs(to, a, b):
 
 # Outputs of a program, inputs at a time, and warps, by the bits of a weight.
 SHAPES = {16: (4, 4096, 8), 8: (16, 2048, 4), 4: (8, 4096, 4)}
-_BITS = {torch.int8: 8, torch.uint8: 4}
+_BITS_OF = {torch.int8: 8, torch.uint8: 4}
 
 
-def can_run(rows: int, model: Any, cache: Any) -> bool:
+def can_fuse_on_gpu(rows: int, model: Any) -> bool:
     """Whether `run` can compute a step of so many rows of a model that gpu.py can compute."""
     args, most = model.params, max(outputs for outputs, *_ in SHAPES.values())
     return rows == 1 and not (args.head_dim % most or args.dim % GROUP.value or args.hidden_dim % GROUP.value)
 
 
-def run(model: Any, step: Any, cache: Any) -> Tensor:
-    """A step of one token → its logits (1, vocab) float32. Its keys and values are in the cache then."""
+def run(model: Any, freqs_cis: Tensor, step: Any, cache: Any) -> Tensor:
+    """A step of one token → its logits (1, vocab) float32. Its keys and values are in the cache then.
+
+    The model, the step and the cache are `Any`: this package lies below theirs and may not import their types.
+    """
     x, eps, early = model.tok_embeddings(step.tokens), model.params.norm_eps, _early(model.device)
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
         attention, feed_forward = layer.attention, layer.feed_forward
         q = x.new_empty((1, attention.n_heads, attention.head_dim))
         programs, matrix, options = _launch(attention.wqkv, early)
         _heads_kernel[(programs,)](
-            x, layer.attention_norm.weight, *matrix, model.rope, step.slots, step.positions, q, keys, values,
+            x, layer.attention_norm.weight, *matrix, freqs_cis, step.slots, step.positions, q, keys, values,
             attention.n_heads, attention.n_kv_heads, keys.stride(0), cache.max_seq_len, torch.finfo(keys.dtype).max,
             eps, HEAD_DIM=attention.head_dim, **options,
         )  # fmt: skip
-        x = _product(attend(q, keys, values, step.slots, step.positions, early), attention.wo, early, more=x)
+        x = _product(attend(q, keys, values, step.slots, step.positions, early), attention.wo, early, residual=x)
         gated = x.new_empty((1, feed_forward.w2.in_features))
         programs, matrix, options = _launch(feed_forward.w13, early)
-        _gated_kernel[(programs,)](
+        _swiglu_kernel[(programs,)](
             x, layer.ffn_norm.weight, *matrix, gated, feed_forward.w2.in_features, eps, **options
         )  # fmt: skip
-        x = _product(gated, feed_forward.w2, early, more=x)
+        x = _product(gated, feed_forward.w2, early, residual=x)
     return _product(x, model.output, early, gain=model.norm.weight, eps=eps)
 
 
 def _product(
-    x: Tensor, linear: Any, early: bool, gain: Tensor | None = None, more: Tensor | None = None, eps: float = 0.0
+    x: Tensor, linear: Any, early: bool, gain: Tensor | None = None, residual: Tensor | None = None, eps: float = 0.0
 ) -> Tensor:
-    """x, or its RMSNorm, times a matrix: added to `more` in its dtype, or alone in float32."""
+    """x, or its RMSNorm, times a matrix: added to the residual in its dtype, or alone in float32."""
     programs, matrix, options = _launch(linear, early)
-    y = torch.empty((1, linear.out_features), dtype=torch.float32 if more is None else x.dtype, device=x.device)
+    y = torch.empty((1, linear.out_features), dtype=torch.float32 if residual is None else x.dtype, device=x.device)
     _sum_kernel[(programs,)](
-        x, x if gain is None else gain, *matrix, y if more is None else more, y, linear.out_features, eps,
-        NORM=gain is not None, ADDS=more is not None, **options,
+        x, x if gain is None else gain, *matrix, y if residual is None else residual, y, linear.out_features, eps,
+        NORM=gain is not None, ADDS=residual is not None, **options,
     )  # fmt: skip
     return y
 
 
-def _launch(linear: Any, early: bool) -> tuple[int, tuple[Tensor, Tensor], dict[str, Any]]:
+def _launch(linear: Any, early: bool) -> tuple[int, tuple[Tensor, Tensor], dict[str, int | bool]]:
     """How many programs a matrix needs; the matrix and its scales; and what else all of the kernels take."""
     weight, scales = linear.weight, linear.scales
-    form = 16 if scales is None else _BITS[weight.dtype]
-    outputs, wide, warps = SHAPES[form]
-    options = {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
+    bits = 16 if scales is None else _BITS_OF[weight.dtype]
+    outputs, wide, warps = SHAPES[bits]
+    options: dict[str, int | bool] = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
     options |= {"INPUTS": linear.in_features, "WIDE": min(wide, triton.next_power_of_2(linear.in_features))}
-    options |= {"OUTPUTS": outputs, "FORM": form, "num_warps": warps}
+    options |= {"OUTPUTS": outputs, "BITS": bits, "num_warps": warps}
     return triton.cdiv(linear.out_features, outputs), (weight, weight if scales is None else scales), options
 
 

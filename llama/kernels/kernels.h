@@ -21,7 +21,8 @@
 enum { PORTABLE, USES_AVX2, USES_AVX512, USES_AMX };
 enum { FLOAT32, BFLOAT16 };
 enum { INT8, INT4, PLAIN };
-enum { RUN = 32, LANES = 16 }; /* inputs that share a scale; rows of a block of packed weights: see quantized.c */
+enum { GROUP = 32, BLOCK_ROWS = 16 }; /* inputs that share a scale; rows of a block of packed weights: see quantized.c */
+enum { MAX_HEAD_DIM = 256 };            /* of attention: its buffers have a fixed size; ops.py has the same number */
 
 INLINE float from_bfloat16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -78,13 +79,15 @@ INLINE float exponential(float x) {
     return p * power;
 }
 
-/* Bytes of a run of a block. */
-INLINE int run_bytes(int format) { return format == INT4 ? RUN * LANES / 2 : format == INT8 ? RUN * LANES : RUN * LANES * 2; }
+/* Bytes of a group of a block. */
+INLINE int group_bytes(int format) {
+    return format == INT4 ? GROUP * BLOCK_ROWS / 2 : format == INT8 ? GROUP * BLOCK_ROWS : GROUP * BLOCK_ROWS * 2;
+}
 
-/* Integer i of a lane's run; int4 shifted by 8. */
-INLINE int weight_at(const uint8_t *run, int format, int lane, int i) {
-    if (format == INT8) return ((const int8_t *)run)[i / 4 * 64 + lane * 4 + i % 4];
-    uint8_t both = run[i % 16 / 4 * 64 + lane * 4 + i % 4];
+/* Integer i of a lane's group; int4 shifted by 8. */
+INLINE int weight_at(const uint8_t *group, int format, int lane, int i) {
+    if (format == INT8) return ((const int8_t *)group)[i / 4 * 64 + lane * 4 + i % 4];
+    uint8_t both = group[i % 16 / 4 * 64 + lane * 4 + i % 4];
     return i < 16 ? both & 15 : both >> 4;
 }
 
@@ -102,8 +105,8 @@ void llama_tiles_product(
 );
 void llama_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t dim, float eps, int dtype, int variant,
                     int threads);
-void llama_turn(
-    const void *heads, const float *turns, void *q, void *keys, void *values, const int64_t *places, int64_t n,
+void llama_rope(
+    const void *heads, const float *freqs_cis, void *q, void *keys, void *values, const int64_t *places, int64_t n,
     int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int variant, int threads
 );
 void llama_attend(
@@ -111,6 +114,6 @@ void llama_attend(
     const int64_t *lengths, float *scores, int64_t n, int64_t longest, int64_t stride, int64_t n_heads,
     int64_t n_kv_heads, int64_t head_dim, int dtype, int variant, int threads
 );
-void llama_gate(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int threads);
+void llama_silu_and_mul(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int threads);
 
 #endif

@@ -1,5 +1,5 @@
 /* The small operations of a step, one call each: RMSNorm, RoPE with the write to the cache, attention of single queries,
-   SwiGLU's product. What they cost in PyTorch is not arithmetic but dozens of calls; rounding is where PyTorch has it. */
+   SwiGLU's product. In PyTorch they cost dozens of calls, not arithmetic. Results are rounded where PyTorch rounds them. */
 
 #include "kernels.h"
 
@@ -26,10 +26,10 @@ INLINE void norm_row(const void *x, const void *weight, void *y, int64_t first, 
 
 /* ------------------------------------------------------------------------------------------------- RoPE, cache */
 
-/* One token: its query heads turned into q (H, D), its keys turned and its values copied to their places in the cache. */
-INLINE void turn_row(
-    const void *heads, const float *turns, void *q, void *keys, void *values, int64_t row, int64_t place, int64_t stride,
-    int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype
+/* One token: RoPE writes its query heads to q (H, D) and its keys to the cache; its values are copied to the cache. */
+INLINE void rope_row(
+    const void *heads, const float *freqs_cis, void *q, void *keys, void *values, int64_t row, int64_t place,
+    int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype
 ) {
     int64_t width = (n_heads + 2 * n_kv_heads) * head_dim;
     for (int64_t head = 0; head < n_heads + n_kv_heads; head++) {
@@ -38,7 +38,7 @@ INLINE void turn_row(
         int64_t at = kv < 0 ? (row * n_heads + head) * head_dim : kv * stride + place * head_dim;
         for (int64_t i = 0; i < head_dim; i += 2) {
             float a = read_number(heads, dtype, from + i), b = read_number(heads, dtype, from + i + 1);
-            float c = turns[i], s = turns[i + 1];
+            float c = freqs_cis[i], s = freqs_cis[i + 1];
             write_number(to, dtype, at + i, a * c - b * s);
             write_number(to, dtype, at + i + 1, a * s + b * c);
         }
@@ -57,7 +57,7 @@ INLINE void attend(
     const void *q, const void *keys, const void *values, void *out, int64_t first, int64_t slot, int64_t length,
     int64_t heads, int64_t head_dim, float *scores, int dtype
 ) {
-    float query[256], sum[256];
+    float query[MAX_HEAD_DIM], sum[MAX_HEAD_DIM];
     for (int64_t head = 0; head < heads; head++) {
         int64_t at = first + head * head_dim;
         float scale = 1.0f / sqrtf((float)head_dim), largest = -INFINITY, total = 0;
@@ -86,13 +86,15 @@ INLINE void attend(
 
 /* ------------------------------------------------------------------------------------------------- SwiGLU */
 
-INLINE void gate_row(const void *both, void *y, int64_t row, int64_t begin, int64_t end, int64_t hidden, int dtype) {
+INLINE void silu_and_mul_row(
+    const void *both, void *y, int64_t row, int64_t begin, int64_t end, int64_t hidden, int dtype
+) {
 #pragma omp simd
     for (int64_t i = begin; i < end; i++) {
         float gate = read_number(both, dtype, row * 2 * hidden + i);
         float up = read_number(both, dtype, row * 2 * hidden + hidden + i);
-        float open = rounded(gate / (1.0f + exponential(-gate)), dtype);
-        write_number(y, dtype, row * hidden + i, open * up);
+        float silu = rounded(gate / (1.0f + exponential(-gate)), dtype);
+        write_number(y, dtype, row * hidden + i, silu * up);
     }
 }
 
@@ -106,9 +108,9 @@ INLINE void gate_row(const void *both, void *y, int64_t row, int64_t begin, int6
     target static void norm_##suffix(const void *x, const void *w, void *y, int64_t at, int64_t dim, float eps, int dt) { \
         PER_DTYPE(norm_row(x, w, y, at, dim, eps, D), dt) \
     } \
-    target static void turn_##suffix(const void *heads, const float *turns, void *q, void *k, void *v, int64_t row, \
+    target static void rope_##suffix(const void *heads, const float *freqs_cis, void *q, void *k, void *v, int64_t row, \
                                      int64_t place, int64_t stride, int64_t h, int64_t kv, int64_t dim, int dt) { \
-        PER_DTYPE(turn_row(heads, turns, q, k, v, row, place, stride, h, kv, dim, D), dt) \
+        PER_DTYPE(rope_row(heads, freqs_cis, q, k, v, row, place, stride, h, kv, dim, D), dt) \
     } \
     target static void attend_##suffix(const void *q, const void *k, const void *v, void *out, int64_t first, \
                                        int64_t slot, int64_t length, int64_t heads, int64_t dim, float *scores, int dt) { \
@@ -116,9 +118,9 @@ INLINE void gate_row(const void *both, void *y, int64_t row, int64_t begin, int6
         else if (dim == 128) { PER_DTYPE(attend(q, k, v, out, first, slot, length, heads, 128, scores, D), dt) } \
         else { PER_DTYPE(attend(q, k, v, out, first, slot, length, heads, dim, scores, D), dt) } \
     } \
-    target static void gate_##suffix(const void *both, void *y, int64_t row, int64_t begin, int64_t end, int64_t hidden, \
-                                     int dt) { \
-        PER_DTYPE(gate_row(both, y, row, begin, end, hidden, D), dt) \
+    target static void silu_and_mul_##suffix(const void *both, void *y, int64_t row, int64_t begin, int64_t end, \
+                                             int64_t hidden, int dt) { \
+        PER_DTYPE(silu_and_mul_row(both, y, row, begin, end, hidden, D), dt) \
     }
 
 VARIANTS(, portable)
@@ -144,15 +146,15 @@ void llama_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64
     for (int64_t row = 0; row < n; row++) CALL(norm, x, weight, y, row * dim, dim, eps, dtype);
 }
 
-/* heads (n, H + 2K, D), turns (n, D) as cosine and sine in turn → q (n, H, D); keys and values go to the token rows
+/* heads (n, H + 2K, D), freqs_cis (n, D): cosine, sine, cosine, … → q (n, H, D); keys and values go to the token rows
    `places` of the cache (K, rows, D), whose heads are `stride` numbers apart. */
-void llama_turn(
-    const void *heads, const float *turns, void *q, void *keys, void *values, const int64_t *places, int64_t n,
+void llama_rope(
+    const void *heads, const float *freqs_cis, void *q, void *keys, void *values, const int64_t *places, int64_t n,
     int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int variant, int threads
 ) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n >= threads * 4)
     for (int64_t row = 0; row < n; row++)
-        CALL(turn, heads, turns + row * head_dim, q, keys, values, row, places[row], stride, n_heads, n_kv_heads,
+        CALL(rope, heads, freqs_cis + row * head_dim, q, keys, values, row, places[row], stride, n_heads, n_kv_heads,
              head_dim, dtype);
 }
 
@@ -175,14 +177,14 @@ void llama_attend(
 }
 
 /* both (n, 2F) → silu(first half) · second half (n, F). */
-void llama_gate(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int threads) {
+void llama_silu_and_mul(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
         int64_t total = n * hidden, begin = total * thread / threads, end = total * (thread + 1) / threads;
         for (int64_t row = begin / hidden; row * hidden < end; row++) {
             int64_t from = begin > row * hidden ? begin - row * hidden : 0;
             int64_t to = end - row * hidden < hidden ? end - row * hidden : hidden;
-            CALL(gate, both, y, row, from, to, hidden, dtype);
+            CALL(silu_and_mul, both, y, row, from, to, hidden, dtype);
         }
     }
 }

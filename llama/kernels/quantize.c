@@ -1,10 +1,10 @@
-/* Weights as they are stored → int8 or int4 with a float16 scale for each run of RUN: what quantization.py says, at the
-   speed at which the file can be read. A run becomes the same whatever else is quantised beside it. */
+/* Weights as they are stored → int8 or int4 with a float16 scale for each group of inputs, as quantization/quantize.py
+   defines it, at the speed at which the file can be read. A group's result does not depend on what else is quantised. */
 
 #include "kernels.h"
 
 static const float SMALLEST = 0x1p-24f, LARGEST = 65504; /* of the float16 numbers above 0 */
-/* Of the range of an int4 run, the parts that its scale may cover: see quantization.py. */
+/* The parts of an int4 group's range that its scale may cover: see quantization/quantize.py. */
 static const float STRETCHES[] = {1.0, 0.96, 0.92, 0.88, 0.84, 0.8};
 enum { NOT_A_NUMBER = 0x7e00 };
 
@@ -23,64 +23,65 @@ INLINE uint16_t as_stored(float scale) {
     return to_float16(scale > LARGEST ? LARGEST : scale < -LARGEST ? -LARGEST : scale);
 }
 
-/* A run divided by a scale, rounded and held to low … high; the sum of squares by which it is off. */
-INLINE float round_run(const float *run, float scale, float low, float high, float *q) {
+/* q: a group divided by its scale, rounded and limited to low … high. Returns the sum of squared errors. */
+INLINE float round_group(const float *group, float scale, float low, float high, float *q) {
     float inverse = 1.0f / scale, error = 0;
 #pragma omp simd reduction(+ : error)
-    for (int i = 0; i < RUN; i++) {
-        float nearest = rintf(run[i] * inverse);
+    for (int i = 0; i < GROUP; i++) {
+        float nearest = rintf(group[i] * inverse);
         nearest = nearest < low ? low : nearest > high ? high : nearest;
-        float off = nearest * scale - run[i];
+        float off = nearest * scale - group[i];
         q[i] = nearest;
         error += off * off;
     }
     return error;
 }
 
-/* The scale of an int4 run with the least error; the first of equals. */
-INLINE uint16_t best_scale(const float *run, float largest) {
-    float q[RUN], least = INFINITY;
+/* The scale of an int4 group with the least error; the first of equals. */
+INLINE uint16_t best_scale(const float *group, float largest) {
+    float q[GROUP], least = INFINITY;
     uint16_t best = as_stored(largest / -8);
     for (int i = 0; i < (int)(sizeof STRETCHES / sizeof *STRETCHES); i++) {
         uint16_t scale = as_stored(largest * (-STRETCHES[i] / 8));
-        float error = round_run(run, from_float16(scale), -8, 7, q);
+        float error = round_group(group, from_float16(scale), -8, 7, q);
         if (error < least) least = error, best = scale;
     }
     return best;
 }
 
-/* One run → RUN integers as they are stored; returns its scale, NaN where a weight is not finite. */
-INLINE uint16_t quantize_run(const void *from, int dtype, int64_t first, int format, uint8_t *to) {
-    float run[RUN], q[RUN], high = 0, low = 0, zero = 0;
+/* One group → GROUP integers as they are stored; returns its scale, NaN where a weight is not finite. */
+INLINE uint16_t quantize_group(const void *from, int dtype, int64_t first, int format, uint8_t *to) {
+    float group[GROUP], q[GROUP], high = 0, low = 0, zero = 0;
 #pragma omp simd reduction(max : high) reduction(min : low) reduction(+ : zero)
-    for (int i = 0; i < RUN; i++) {
-        run[i] = read_number(from, dtype, first + i);
-        high = run[i] > high ? run[i] : high;
-        low = run[i] < low ? run[i] : low;
-        zero += run[i] * 0.0f; /* NaN and infinities times 0 are NaN */
+    for (int i = 0; i < GROUP; i++) {
+        group[i] = read_number(from, dtype, first + i);
+        high = group[i] > high ? group[i] : high;
+        low = group[i] < low ? group[i] : low;
+        zero += group[i] * 0.0f; /* NaN and infinities times 0 are NaN */
     }
-    if (!(zero == 0)) memset(run, 0, sizeof run);
+    if (!(zero == 0)) memset(group, 0, sizeof group);
     float largest = -low > high ? low : high;
-    uint16_t scale = format == INT8 ? as_stored(fabsf(largest) / 127) : best_scale(run, largest);
-    round_run(run, from_float16(scale), format == INT8 ? -127 : -8, format == INT8 ? 127 : 7, q);
+    uint16_t scale = format == INT8 ? as_stored(fabsf(largest) / 127) : best_scale(group, largest);
+    round_group(group, from_float16(scale), format == INT8 ? -127 : -8, format == INT8 ? 127 : 7, q);
     if (format == INT8)
-        for (int i = 0; i < RUN; i++) to[i] = (uint8_t)(int8_t)q[i];
+        for (int i = 0; i < GROUP; i++) to[i] = (uint8_t)(int8_t)q[i];
     else
-        for (int i = 0; i < RUN / 2; i++) to[i] = (uint8_t)(((int)q[i] + 8) | ((int)q[i + RUN / 2] + 8) << 4);
+        for (int i = 0; i < GROUP / 2; i++) to[i] = (uint8_t)(((int)q[i] + 8) | ((int)q[i + GROUP / 2] + 8) << 4);
     return zero == 0 ? scale : NOT_A_NUMBER;
 }
 
-INLINE void some_runs(const void *from, uint8_t *q, uint16_t *scales, int64_t begin, int64_t end, int dtype, int format) {
-    for (int64_t run = begin; run < end; run++)
-        scales[run] = quantize_run(from, dtype, run * RUN, format, q + run * (format == INT8 ? RUN : RUN / 2));
+INLINE void some_groups(const void *from, uint8_t *q, uint16_t *scales, int64_t begin, int64_t end, int dtype, int format) {
+    for (int64_t group = begin; group < end; group++)
+        scales[group] =
+            quantize_group(from, dtype, group * GROUP, format, q + group * (format == INT8 ? GROUP : GROUP / 2));
 }
 
 #define QUANTIZE(target, name) \
     target static void name(const void *from, uint8_t *q, uint16_t *scales, int64_t begin, int64_t end, int dtype, \
                             int format) { \
-        if (format == INT8) some_runs(from, q, scales, begin, end, dtype, INT8); \
-        else if (dtype == BFLOAT16) some_runs(from, q, scales, begin, end, BFLOAT16, INT4); \
-        else some_runs(from, q, scales, begin, end, FLOAT32, INT4); \
+        if (format == INT8) some_groups(from, q, scales, begin, end, dtype, INT8); \
+        else if (dtype == BFLOAT16) some_groups(from, q, scales, begin, end, BFLOAT16, INT4); \
+        else some_groups(from, q, scales, begin, end, FLOAT32, INT4); \
     }
 
 QUANTIZE(, portable)
@@ -89,14 +90,14 @@ QUANTIZE(AVX2, avx2)
 QUANTIZE(AVX512, avx512)
 #endif
 
-/* `runs` runs of numbers of `dtype` → their integers and scales. */
+/* `groups` groups of numbers of `dtype` → their integers and scales. */
 void llama_quantize(
-    const void *from, uint8_t *q, uint16_t *scales, int64_t runs, int dtype, int format, int variant, int threads
+    const void *from, uint8_t *q, uint16_t *scales, int64_t groups, int dtype, int format, int variant, int threads
 ) {
     enum { PART = 1024 };
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t begin = 0; begin < runs; begin += PART) {
-        int64_t end = begin + PART < runs ? begin + PART : runs;
+    for (int64_t begin = 0; begin < groups; begin += PART) {
+        int64_t end = begin + PART < groups ? begin + PART : groups;
 #if X86
         if (variant >= USES_AVX512) { avx512(from, q, scales, begin, end, dtype, format); continue; }
         if (variant == USES_AVX2) { avx2(from, q, scales, begin, end, dtype, format); continue; }

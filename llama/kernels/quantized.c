@@ -1,17 +1,19 @@
-/* Products of activations with int8, int4 and bfloat16 weights, for steps of few rows, which wait for the weights to be
-   read.
+/* Products of activations with int8, int4 and bfloat16 weights, for steps of few rows: their time is the time in which
+   the weights are read.
 
-   y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ. Each run of RUN inputs of a row of W has a float16 scale; the
-   activations get one of their own for each run (symmetric, int8), so that a run is one integer dot product:
-   y = Σ over runs of scale_w · scale_x · Σ q_w q_x. Where an instruction wants unsigned weights they are shifted by an
-   offset, which the sum of integers starts without: at −offset · Σ q_x.
+   y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ. Each GROUP of inputs of a row of W has a float16 scale. The
+   activations are rounded to int8 with a scale of their own for each group (symmetric), so that a group is one integer
+   dot product: y = Σ over groups of scale_w · scale_x · Σ q_w q_x. Some instructions want unsigned weights: an offset is
+   added to the weights then, and the sum of integers starts at −offset · Σ q_x, which takes it off again.
 
-   W is packed: LANES rows form a block, and of each run of a block four inputs of all rows lie side by side, 64 bytes; int4
-   has inputs 4 k … 4 k + 3 in the low and 4 k + 16 … in the high halves of bytes; of bfloat16 it is two inputs. So a vector has a row a lane, sums are
-   never added across one, and a thread reads its blocks from memory in one go. The last block may be padded.
+   W is packed: BLOCK_ROWS rows form a block. Of each group of a block, four inputs of all rows lie side by side in 64
+   bytes. int4 has inputs 4 k … 4 k + 3 in the low and 4 k + 16 … in the high halves of these bytes; bfloat16 has two
+   inputs in 64 bytes, not four. So each lane of a vector is one row, no sum goes across lanes, and a thread reads its
+   blocks from memory in one go. The last block may be padded.
 
-   One row of W meets a row of x in the same order of operations whatever else is computed beside it: results do not
-   depend on the number of threads or of rows. Plain C: compiled once, the variant is chosen when it runs. */
+   A row of W meets a row of x in the same order of operations whatever else is computed beside it: results depend
+   neither on the number of threads nor on the number of rows. All variants are compiled; the processor's own is chosen
+   when the program runs. */
 
 #include "kernels.h"
 
@@ -21,52 +23,52 @@
 #include <unistd.h>
 #endif
 
-enum { MOST = 8, BLOCKS = 4 };                 /* rows of x, and blocks of W for few of them, at a time */
-enum { AHEAD = 2048, AHEAD_INT8 = 4 * AHEAD }; /* bytes of W that are fetched before they are needed, as measured */
-enum { FEW = 16, FEW_PLAIN = 2 };              /* rows for which vectors are faster than tiles */
+enum { ROWS = 8, BLOCKS = 4 };                 /* rows of x, and blocks of W for few of them, at a time */
+enum { AHEAD = 2048, AHEAD_INT8 = 4 * AHEAD }; /* how far ahead W is fetched, in bytes: the fastest by measurement */
+enum { FEW = 16, FEW_PLAIN = 2 };              /* rows of x up to which vectors are faster than tiles */
 
 /* Rows of x as the kernels read them. */
 typedef struct {
-    int64_t inputs, runs;
+    int64_t inputs, groups;
     const uint16_t *plain; /* (n, inputs), where W is bfloat16 */
     int8_t *q;             /* (n, inputs) */
-    float *scale;          /* (n, runs) */
-    int32_t *start;        /* (n, runs): −offset · Σ q */
+    float *scale;          /* (n, groups) */
+    int32_t *start;        /* (n, groups): −offset · Σ q */
 } Rows;
 
 /* ------------------------------------------------------------------------------------- the activations, as int8 */
 
-/* One run: its integers, their sum, and its scale, which is NaN where a number is not finite. */
-INLINE float quantize_run(const void *x, int dtype, int64_t first, int8_t *q, int32_t *sum) {
-    float run[RUN], largest = 0, zero = 0;
-    int32_t total = 0, rounded[RUN];
+/* One group: its integers, their sum, and its scale, which is NaN where a number is not finite. */
+INLINE float quantize_group(const void *x, int dtype, int64_t first, int8_t *q, int32_t *sum) {
+    float group[GROUP], largest = 0, zero = 0;
+    int32_t total = 0, rounded[GROUP];
 #pragma omp simd
-    for (int i = 0; i < RUN; i++) run[i] = read_number(x, dtype, first + i);
+    for (int i = 0; i < GROUP; i++) group[i] = read_number(x, dtype, first + i);
 #pragma omp simd reduction(max : largest) reduction(+ : zero)
-    for (int i = 0; i < RUN; i++) {
-        float size = fabsf(run[i]);
+    for (int i = 0; i < GROUP; i++) {
+        float size = fabsf(group[i]);
         largest = size > largest ? size : largest;
-        zero += run[i] * 0.0f;
+        zero += group[i] * 0.0f;
     }
     float inverse = largest > 1e-30f && zero == 0 ? 127.0f / largest : 0;
-    if (!(zero == 0)) memset(run, 0, sizeof run); /* NaN and infinities times 0 are NaN */
+    if (!(zero == 0)) memset(group, 0, sizeof group); /* NaN and infinities times 0 are NaN */
 #pragma omp simd reduction(+ : total)
-    for (int i = 0; i < RUN; i++) {
-        float scaled = run[i] * inverse;
+    for (int i = 0; i < GROUP; i++) {
+        float scaled = group[i] * inverse;
         rounded[i] = (int32_t)(scaled + copysignf(0.5f, scaled));
         total += rounded[i];
     }
 #pragma omp simd
-    for (int i = 0; i < RUN; i++) q[i] = (int8_t)rounded[i];
+    for (int i = 0; i < GROUP; i++) q[i] = (int8_t)rounded[i];
     *sum = total;
     return (largest > 1e-30f ? largest / 127.0f : 0) + zero;
 }
 
 INLINE void prepare_row(const void *x, int dtype, int64_t row, const Rows *to, int offset) {
-    for (int64_t run = 0; run < to->runs; run++) {
+    for (int64_t group = 0; group < to->groups; group++) {
         int32_t sum;
-        int64_t at = row * to->runs + run;
-        to->scale[at] = quantize_run(x, dtype, row * to->inputs + run * RUN, to->q + at * RUN, &sum);
+        int64_t at = row * to->groups + group;
+        to->scale[at] = quantize_group(x, dtype, row * to->inputs + group * GROUP, to->q + at * GROUP, &sum);
         to->start[at] = -offset * sum;
     }
 }
@@ -75,15 +77,15 @@ INLINE void prepare_row(const void *x, int dtype, int64_t row, const Rows *to, i
 
 /* A block of W against one row of x. */
 static void portable_block(const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t row, int format, float *y) {
-    float sum[LANES] = {0};
-    for (int64_t run = 0; run < x->runs; run++, w += run_bytes(format), scales += LANES) {
-        const int8_t *q = x->q + (row * x->runs + run) * RUN;
-        float scale = x->scale[row * x->runs + run];
-        int32_t dot[LANES];
-        for (int lane = 0; lane < LANES; lane++) dot[lane] = x->start[row * x->runs + run];
-        for (int i = 0; i < RUN; i++)
-            for (int lane = 0; lane < LANES; lane++) dot[lane] += weight_at(w, format, lane, i) * q[i];
-        for (int lane = 0; lane < LANES; lane++) sum[lane] += from_float16(scales[lane]) * scale * (float)dot[lane];
+    float sum[BLOCK_ROWS] = {0};
+    for (int64_t group = 0; group < x->groups; group++, w += group_bytes(format), scales += BLOCK_ROWS) {
+        const int8_t *q = x->q + (row * x->groups + group) * GROUP;
+        float scale = x->scale[row * x->groups + group];
+        int32_t dot[BLOCK_ROWS];
+        for (int lane = 0; lane < BLOCK_ROWS; lane++) dot[lane] = x->start[row * x->groups + group];
+        for (int i = 0; i < GROUP; i++)
+            for (int lane = 0; lane < BLOCK_ROWS; lane++) dot[lane] += weight_at(w, format, lane, i) * q[i];
+        for (int lane = 0; lane < BLOCK_ROWS; lane++) sum[lane] += from_float16(scales[lane]) * scale * (float)dot[lane];
     }
     memcpy(y, sum, sizeof sum);
 }
@@ -98,15 +100,15 @@ AVX2 INLINE void avx2_half(
     const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
     __m256 sum[2];
     for (int n = 0; n < rows; n++) sum[n] = _mm256_setzero_ps();
-    for (int64_t run = 0; run < x->runs; run++, w += run_bytes(format), scales += LANES) {
+    for (int64_t group = 0; group < x->groups; group++, w += group_bytes(format), scales += BLOCK_ROWS) {
         __m256i dot[2];
         _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
         for (int n = 0; n < rows; n++) dot[n] = _mm256_setzero_si256();
-        for (int k = 0; k < run_bytes(format) / 64; k++) {
+        for (int k = 0; k < group_bytes(format) / 64; k++) {
             __m256i weights = _mm256_loadu_si256((const __m256i *)(w + k * 64));
             __m256i high = _mm256_and_si256(_mm256_srli_epi16(weights, 4), low);
             for (int n = 0; n < rows; n++) {
-                const int32_t *q = (const int32_t *)(x->q + ((row + n) * x->runs + run) * RUN) + k;
+                const int32_t *q = (const int32_t *)(x->q + ((row + n) * x->groups + group) * GROUP) + k;
                 if (format == INT8) {
                     __m256i signs = _mm256_sign_epi8(_mm256_set1_epi32(*q), weights);
                     __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), signs);
@@ -120,14 +122,14 @@ AVX2 INLINE void avx2_half(
         }
         __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scales));
         for (int n = 0; n < rows; n++) {
-            int64_t at = (row + n) * x->runs + run;
+            int64_t at = (row + n) * x->groups + group;
             if (format == INT4) dot[n] = _mm256_madd_epi16(dot[n], ones);
             __m256i whole = _mm256_add_epi32(dot[n], _mm256_set1_epi32(x->start[at]));
             __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x->scale[at]));
             sum[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), both, sum[n]);
         }
     }
-    for (int n = 0; n < rows; n++) _mm256_storeu_ps(y + n * LANES, sum[n]);
+    for (int n = 0; n < rows; n++) _mm256_storeu_ps(y + n * BLOCK_ROWS, sum[n]);
 }
 
 AVX2 static void avx2_block(
@@ -137,7 +139,7 @@ AVX2 static void avx2_block(
         for (int half = 0; half < 2; half++) {
             const uint8_t *own = w + half * 32;
             const uint16_t *own_scales = scales + half * 8;
-            float *to = y + n * LANES + half * 8;
+            float *to = y + n * BLOCK_ROWS + half * 8;
             if (rows - n > 1 && format == INT8) avx2_half(own, own_scales, x, row + n, 2, INT8, to);
             else if (rows - n > 1) avx2_half(own, own_scales, x, row + n, 2, INT4, to);
             else if (format == INT8) avx2_half(own, own_scales, x, row + n, 1, INT8, to);
@@ -153,13 +155,13 @@ AVX512 INLINE void avx512_rows(
 ) {
     const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)0x80);
     const int8_t *q = x->q + row * x->inputs;
-    const float *own = x->scale + row * x->runs;
-    const int32_t *start = x->start + row * x->runs;
-    const int64_t bytes = x->runs * run_bytes(format), ahead = format == INT8 ? AHEAD_INT8 : AHEAD;
-    __m512 sum[BLOCKS][MOST];
+    const float *own = x->scale + row * x->groups;
+    const int32_t *start = x->start + row * x->groups;
+    const int64_t bytes = x->groups * group_bytes(format), ahead = format == INT8 ? AHEAD_INT8 : AHEAD;
+    __m512 sum[BLOCKS][ROWS];
     for (int b = 0; b < blocks; b++)
         for (int n = 0; n < rows; n++) sum[b][n] = _mm512_setzero_ps();
-    for (int64_t run = 0; run < x->runs; run++, w += run_bytes(format), scales += LANES, q += RUN)
+    for (int64_t group = 0; group < x->groups; group++, w += group_bytes(format), scales += BLOCK_ROWS, q += GROUP)
 #pragma GCC unroll 4
         for (int b = 0; b < blocks; b++) {
             const uint8_t *at = w + b * bytes;
@@ -176,18 +178,18 @@ AVX512 INLINE void avx512_rows(
                     weights[k + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
                 }
             }
-            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(scales + b * x->runs * LANES)));
+            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(scales + b * x->groups * BLOCK_ROWS)));
             for (int n = 0; n < rows; n++) {
-                __m512i dot = _mm512_set1_epi32(start[n * x->runs + run]);
+                __m512i dot = _mm512_set1_epi32(start[n * x->groups + group]);
                 const int32_t *fours = (const int32_t *)(q + n * x->inputs);
 #pragma GCC unroll 8
                 for (int k = 0; k < 8; k++) dot = _mm512_dpbusd_epi32(dot, weights[k], _mm512_set1_epi32(fours[k]));
-                __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(own[n * x->runs + run]));
+                __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(own[n * x->groups + group]));
                 sum[b][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, sum[b][n]);
             }
         }
     for (int b = 0; b < blocks; b++)
-        for (int n = 0; n < rows; n++) _mm512_storeu_ps(y + (b * MOST + n) * LANES, sum[b][n]);
+        for (int n = 0; n < rows; n++) _mm512_storeu_ps(y + (b * ROWS + n) * BLOCK_ROWS, sum[b][n]);
 }
 
 #define CASE(rows) \
@@ -204,11 +206,11 @@ AVX512 static void avx512_blocks(
 
 /* The same for bfloat16 weights, with x as it is. */
 AMX INLINE void plain_rows(const uint8_t *w, const uint16_t *x, int64_t inputs, int blocks, int rows, float *y) {
-    const int64_t bytes = inputs / RUN * run_bytes(PLAIN);
-    __m512 sum[BLOCKS][MOST];
+    const int64_t bytes = inputs / GROUP * group_bytes(PLAIN);
+    __m512 sum[BLOCKS][ROWS];
     for (int b = 0; b < blocks; b++)
         for (int n = 0; n < rows; n++) sum[b][n] = _mm512_setzero_ps();
-    for (int64_t run = 0; run < inputs / RUN; run++, w += run_bytes(PLAIN), x += RUN)
+    for (int64_t group = 0; group < inputs / GROUP; group++, w += group_bytes(PLAIN), x += GROUP)
 #pragma GCC unroll 16
         for (int k = 0; k < 16; k++)
             for (int b = 0; b < blocks; b++) {
@@ -221,7 +223,7 @@ AMX INLINE void plain_rows(const uint8_t *w, const uint16_t *x, int64_t inputs, 
                 }
             }
     for (int b = 0; b < blocks; b++)
-        for (int n = 0; n < rows; n++) _mm512_storeu_ps(y + (b * MOST + n) * LANES, sum[b][n]);
+        for (int n = 0; n < rows; n++) _mm512_storeu_ps(y + (b * ROWS + n) * BLOCK_ROWS, sum[b][n]);
 }
 
 #define PLAIN_CASE(rows) \
@@ -295,12 +297,12 @@ static void some_blocks(
 ) {
     int most = variant == USES_AVX512 && n <= FEW_PLAIN ? BLOCKS : 1; /* where they wait for memory, not for vectors */
     for (int64_t block = begin; block < end;) {
-        const uint8_t *own = w + block * x->runs * run_bytes(format);
-        const uint16_t *own_scales = scales + block * x->runs * LANES;
+        const uint8_t *own = w + block * x->groups * group_bytes(format);
+        const uint16_t *own_scales = scales + block * x->groups * BLOCK_ROWS;
         int blocks = end - block < most ? 1 : most;
-        for (int64_t row = 0; row < n; row += MOST) {
-            int rows = n - row < MOST ? (int)(n - row) : MOST;
-            float results[BLOCKS * MOST * LANES];
+        for (int64_t row = 0; row < n; row += ROWS) {
+            int rows = n - row < ROWS ? (int)(n - row) : ROWS;
+            float results[BLOCKS * ROWS * BLOCK_ROWS];
 #if X86
             if (format == PLAIN) plain_blocks(own, x->plain + row * x->inputs, x->inputs, blocks, rows, results);
             else if (variant == USES_AVX512) avx512_blocks(own, own_scales, x, row, blocks, rows, format, results);
@@ -308,12 +310,14 @@ static void some_blocks(
             else
 #endif
                 for (int i = 0; i < rows; i++)
-                    portable_block(own, own_scales, x, row + i, format, results + i * LANES);
+                    portable_block(own, own_scales, x, row + i, format, results + i * BLOCK_ROWS);
             for (int b = 0; b < blocks; b++)
                 for (int i = 0; i < rows; i++) {
-                    int64_t first = (block + b) * LANES, outs = outputs - first < LANES ? outputs - first : LANES;
+                    int64_t first = (block + b) * BLOCK_ROWS;
+                    int64_t outs = outputs - first < BLOCK_ROWS ? outputs - first : BLOCK_ROWS;
                     for (int64_t out = 0; out < outs; out++)
-                        write_number(y, dtype, (row + i) * outputs + first + out, results[(b * MOST + i) * LANES + out]);
+                        write_number(y, dtype, (row + i) * outputs + first + out,
+                                     results[(b * ROWS + i) * BLOCK_ROWS + out]);
                 }
         }
         block += blocks;
@@ -334,11 +338,11 @@ int64_t llama_most_rows(int dtype, int variant) {
 /* Bytes of the workspace that a product of n rows needs. */
 int64_t llama_workspace(int64_t n, int64_t inputs, int dtype, int format, int variant, int threads) {
     if (uses_tiles(n, dtype, format, variant)) return llama_tiles_workspace(n, inputs, threads);
-    return n * (inputs + inputs / RUN * (int64_t)(sizeof(float) + sizeof(int32_t))) + 64;
+    return n * (inputs + inputs / GROUP * (int64_t)(sizeof(float) + sizeof(int32_t))) + 64;
 }
 
-/* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, W packed; x and y of `dtype`, inputs a multiple of RUN. Weights
-   that are bfloat16 themselves are for USES_AMX only, and x of bfloat16. */
+/* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, W packed; x and y of `dtype`, inputs a multiple of GROUP.
+   bfloat16 weights are for USES_AMX only, with x of bfloat16. */
 void llama_product(
     const void *x, const uint8_t *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
     int64_t outputs, int dtype, int format, int variant, int threads
@@ -348,10 +352,11 @@ void llama_product(
         return;
     }
     uint8_t *at = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
-    int64_t runs = inputs / RUN, blocks = (outputs + LANES - 1) / LANES, share = (blocks + threads - 1) / threads;
-    Rows rows = {inputs, runs, x, (int8_t *)at, (float *)(at + n * inputs), (int32_t *)(at + n * (inputs + runs * 4))};
+    int64_t groups = inputs / GROUP, blocks = (outputs + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    int64_t share = (blocks + threads - 1) / threads;
+    Rows rows = {inputs, groups, x, (int8_t *)at, (float *)(at + n * inputs), (int32_t *)(at + n * (inputs + groups * 4))};
     if (variant == USES_AMX) variant = USES_AVX512;
-    if (n < 4 && format != PLAIN) /* sooner done than shared */
+    if (n < 4 && format != PLAIN) /* one thread is faster than waking the others */
         for (int64_t row = 0; row < n; row++) prepare(x, dtype, row, &rows, variant, format);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -375,16 +380,16 @@ void llama_use_huge_pages(void *memory, int64_t bytes) {
 #endif
 }
 
-/* W (rows, runs, fours of four bytes) → blocks as the kernels read them; rows that are not there are zeros. */
-void llama_pack(const uint32_t *from, uint32_t *to, int64_t rows, int64_t runs, int64_t fours, int threads) {
+/* W (rows, groups, fours of four bytes) → blocks as the kernels read them; rows that are not there are zeros. */
+void llama_pack(const uint32_t *from, uint32_t *to, int64_t rows, int64_t groups, int64_t fours, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t block = 0; block < (rows + LANES - 1) / LANES; block++) {
-        const uint32_t *own = from + block * LANES * runs * fours;
-        uint32_t *packed = to + block * LANES * runs * fours;
-        int64_t there = rows - block * LANES < LANES ? rows - block * LANES : LANES;
-        for (int64_t i = 0; i < runs * fours; i++)
-            for (int64_t lane = 0; lane < LANES; lane++)
-                packed[i * LANES + lane] = lane < there ? own[lane * runs * fours + i] : 0;
+    for (int64_t block = 0; block < (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; block++) {
+        const uint32_t *own = from + block * BLOCK_ROWS * groups * fours;
+        uint32_t *packed = to + block * BLOCK_ROWS * groups * fours;
+        int64_t there = rows - block * BLOCK_ROWS < BLOCK_ROWS ? rows - block * BLOCK_ROWS : BLOCK_ROWS;
+        for (int64_t i = 0; i < groups * fours; i++)
+            for (int64_t lane = 0; lane < BLOCK_ROWS; lane++)
+                packed[i * BLOCK_ROWS + lane] = lane < there ? own[lane * groups * fours + i] : 0;
     }
 }
 
@@ -392,15 +397,15 @@ void llama_pack(const uint32_t *from, uint32_t *to, int64_t rows, int64_t runs, 
 INLINE void dequantize_block(
     const uint8_t *w, const uint16_t *scales, void *to, int64_t first, int64_t inputs, int64_t outs, int dtype, int format
 ) {
-    for (int64_t run = 0; run < inputs / RUN; run++, w += run_bytes(format), scales += LANES)
+    for (int64_t group = 0; group < inputs / GROUP; group++, w += group_bytes(format), scales += BLOCK_ROWS)
         for (int64_t lane = 0; lane < outs; lane++) {
             float scale = from_float16(scales[lane]);
-            int8_t q[RUN];
-            for (int i = 0; i < RUN; i++) q[i] = (int8_t)weight_at(w, format, (int)lane, i);
+            int8_t q[GROUP];
+            for (int i = 0; i < GROUP; i++) q[i] = (int8_t)weight_at(w, format, (int)lane, i);
 #pragma omp simd
-            for (int i = 0; i < RUN; i++) {
+            for (int i = 0; i < GROUP; i++) {
                 float number = scale * (float)(q[i] - (format == INT4 ? 8 : 0));
-                write_number(to, dtype, first + lane * inputs + run * RUN + i, number);
+                write_number(to, dtype, first + lane * inputs + group * GROUP + i, number);
             }
         }
 }
@@ -424,12 +429,12 @@ void llama_dequantize(
     const uint8_t *w, const uint16_t *scales, void *to, int64_t inputs, int64_t outputs, int dtype, int format,
     int variant, int threads
 ) {
-    int64_t blocks = (outputs + LANES - 1) / LANES, runs = inputs / RUN;
+    int64_t blocks = (outputs + BLOCK_ROWS - 1) / BLOCK_ROWS, groups = inputs / GROUP;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
-        const uint8_t *own = w + block * runs * run_bytes(format);
-        const uint16_t *s = scales + block * runs * LANES;
-        int64_t first = block * LANES, outs = outputs - first < LANES ? outputs - first : LANES;
+        const uint8_t *own = w + block * groups * group_bytes(format);
+        const uint16_t *s = scales + block * groups * BLOCK_ROWS;
+        int64_t first = block * BLOCK_ROWS, outs = outputs - first < BLOCK_ROWS ? outputs - first : BLOCK_ROWS;
 #if X86
         if (variant >= USES_AVX512) { dequantize_avx512(own, s, to, first * inputs, inputs, outs, dtype, format); continue; }
         if (variant == USES_AVX2) { dequantize_avx2(own, s, to, first * inputs, inputs, outs, dtype, format); continue; }

@@ -9,27 +9,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from llama.kernels.dispatch import DTYPES, VARIANTS, gpu_kernels, load, usable, variant
+from llama.kernels.dispatch import cpu_library, gpu_kernels
+from llama.kernels.library import DTYPE_CODES, FORMAT_CODES, VARIANTS, load, variant
 from llama.quantization.formats import FORMATS
 from llama.quantization.quantize import DEQUANTIZE, QUANTIZE
 
-LANES, RUN = 16, 32  # rows of a block; inputs of a run
-BLOCK = 1 << 22  # weights dequantised at once, 8 MB in bfloat16: fewer take longer, and more leave the cache
-NUMBERS = {torch.int8: 0, torch.uint8: 1, torch.bfloat16: 2}  # of weights: kernels.h's INT8, INT4, PLAIN
+BLOCK_ROWS, GROUP = 16, 32  # rows of a block; inputs that share a scale: both as in kernels.h
+DEQUANTIZED_AT_ONCE = 1 << 22  # weights, 8 MB in bfloat16: fewer take longer, and more do not fit the cache
 
 
-def quantize(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    """Weights (R, C) → integers and scales as they are stored; see quantization.py for what each format is."""
-    library = usable(weight)
+def quantize(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Weights (R, C) → integers and scales as they are stored; quantization/formats.py says what each format is."""
+    library = cpu_library(weight)
     if library is None:
-        return QUANTIZE[form](weight)
+        return QUANTIZE[name](weight)
     weight = weight.contiguous()
-    shape, scales_shape = FORMATS[form].shapes(*weight.shape)
-    q = torch.empty(shape, dtype=getattr(torch, FORMATS[form].dtype))
+    shape, scales_shape = FORMATS[name].shapes(*weight.shape)
+    q = torch.empty(shape, dtype=getattr(torch, FORMATS[name].dtype))
     scales = torch.empty(scales_shape, dtype=torch.float16)
     library.llama_quantize(
-        weight.data_ptr(), q.data_ptr(), scales.data_ptr(), scales.numel(), DTYPES[weight.dtype], NUMBERS[q.dtype],
-        variant(), torch.get_num_threads(),
+        weight.data_ptr(), q.data_ptr(), scales.data_ptr(), scales.numel(), DTYPE_CODES[weight.dtype],
+        FORMAT_CODES[q.dtype], variant(), torch.get_num_threads(),
     )  # fmt: skip
     return q, scales
 
@@ -39,11 +39,11 @@ def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
 
     bfloat16 weights are packed only where the processor has tiles for them (AMX), and so for rows of bfloat16.
     """
-    if usable(torch.empty(0, dtype=dtype, device=weight.device)) is None:
+    if cpu_library(torch.empty(0, dtype=dtype, device=weight.device)) is None:
         return False
     if weight.dtype != torch.bfloat16:
-        return weight.dtype in NUMBERS
-    return dtype == torch.bfloat16 and VARIANTS[variant()] == "amx" and weight.shape[1] % RUN == 0
+        return weight.dtype in FORMAT_CODES
+    return dtype == torch.bfloat16 and VARIANTS[variant()] == "amx" and weight.shape[1] % GROUP == 0
 
 
 def pack(weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -53,8 +53,8 @@ def pack(weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 def pack_scales(scales: Tensor) -> Tensor:
     """(R, C / 32) → (R / 16, C / 32, 16), the last block padded with zeros."""
-    padded = pad(scales, (0, 0, 0, -scales.shape[0] % LANES))
-    return padded.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+    padded = pad(scales, (0, 0, 0, -scales.shape[0] % BLOCK_ROWS))
+    return padded.reshape(-1, BLOCK_ROWS, scales.shape[1]).transpose(1, 2).contiguous()
 
 
 def pack_rows(parts: Sequence[Tensor]) -> Tensor:
@@ -64,16 +64,16 @@ def pack_rows(parts: Sequence[Tensor]) -> Tensor:
     (R / 16, C / 32, 16, 32). All parts but the last have a multiple of 16 rows.
     """
     library, first = load()[0], parts[0]
-    assert library is not None and not any(len(part) % LANES for part in parts[:-1])
-    blocks, size = -(-sum(map(len, parts)) // LANES), first.element_size()
-    fours = RUN * size // (8 if first.dtype == torch.uint8 else 4)
-    runs = first.shape[1] * size // 4 // fours
-    packed = torch.empty((blocks, runs, fours, LANES * 4 // size), dtype=first.dtype)
+    assert library is not None and not any(len(part) % BLOCK_ROWS for part in parts[:-1])
+    blocks, size = -(-sum(map(len, parts)) // BLOCK_ROWS), first.element_size()
+    fours = GROUP * size // (8 if first.dtype == torch.uint8 else 4)
+    groups = first.shape[1] * size // 4 // fours
+    packed = torch.empty((blocks, groups, fours, BLOCK_ROWS * 4 // size), dtype=first.dtype)
     library.llama_use_huge_pages(packed.data_ptr(), packed.nbytes)
     to = packed.data_ptr()
     for part in parts:
         assert part.is_contiguous() and part.shape[1] == first.shape[1]
-        library.llama_pack(part.data_ptr(), to, len(part), runs, fours, torch.get_num_threads())
+        library.llama_pack(part.data_ptr(), to, len(part), groups, fours, torch.get_num_threads())
         to += part.nbytes
     return packed
 
@@ -85,31 +85,35 @@ def is_packed(weight: Tensor) -> bool:
 def packed_product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
     """x (N, C) · W (outputs, C)ᵀ → (N, outputs), from quantised weights or packed ones."""
     if torch.compiler.is_compiling():
-        return torch.ops.llama.packed_product(x, weight, scales, outputs)
+        y: Tensor = torch.ops.llama.packed_product(x, weight, scales, outputs)
+        return y
     n, inputs = x.shape
     if gpu := gpu_kernels(x):
+        assert scales is not None  # only a CPU has packed weights that are not quantised
         few = n <= gpu.MOST_ROWS
         return gpu.product(x, weight, scales, outputs) if few else linear(x, gpu.dequantize(weight, scales, x.dtype))
-    library = usable(x)
-    if not is_packed(weight) or library is None or n > library.llama_most_rows(DTYPES[x.dtype], variant()):
+    library = cpu_library(x)
+    if not is_packed(weight) or library is None or n > library.llama_most_rows(DTYPE_CODES[x.dtype], variant()):
+        assert scales is not None  # the library multiplies any number of rows with packed bfloat16 weights
         return _by_blocks(x, weight, scales, outputs)
     x = x.contiguous()
     y = torch.empty((n, outputs), dtype=x.dtype)
-    dtype, form, threads = DTYPES[x.dtype], NUMBERS[weight.dtype], torch.get_num_threads()
-    workspace = torch.empty(library.llama_workspace(n, inputs, dtype, form, variant(), threads), dtype=torch.uint8)
+    dtype, code, threads = DTYPE_CODES[x.dtype], FORMAT_CODES[weight.dtype], torch.get_num_threads()
+    workspace = torch.empty(library.llama_workspace(n, inputs, dtype, code, variant(), threads), dtype=torch.uint8)
     library.llama_product(
         x.data_ptr(), weight.data_ptr(), 0 if scales is None else scales.data_ptr(), y.data_ptr(), workspace.data_ptr(),
-        n, inputs, outputs, dtype, form, variant(), threads,
+        n, inputs, outputs, dtype, code, variant(), threads,
     )  # fmt: skip
     return y
 
 
 def _by_blocks(x: Tensor, q: Tensor, scales: Tensor, outputs: int) -> Tensor:
     """The product by PyTorch, with some rows of the weights dequantised at a time."""
-    step = max(1, BLOCK // x.shape[1] // LANES) * LANES  # rows of W
-    entries = step // LANES if is_packed(q) else step
+    step = max(1, DEQUANTIZED_AT_ONCE // x.shape[1] // BLOCK_ROWS) * BLOCK_ROWS  # rows of W
+    entries = step // BLOCK_ROWS if is_packed(q) else step
     y = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
-    for first, part, own in zip(range(0, outputs, step), q.split(entries), scales.split(entries), strict=True):
+    parts = zip(torch.split(q, entries), torch.split(scales, entries), strict=True)
+    for first, (part, own) in zip(range(0, outputs, step), parts, strict=True):
         rows = min(step, outputs - first)
         y[:, first : first + rows] = linear(x, dequantize(part, own, rows, x.dtype))
     return y
@@ -120,10 +124,10 @@ def dequantize(q: Tensor, scales: Tensor, rows: int, dtype: torch.dtype) -> Tens
     if not is_packed(q):
         return DEQUANTIZE["int8" if q.dtype == torch.int8 else "int4"](q, scales, dtype)
     weights = torch.empty((rows, scales.shape[1] * 32), dtype=dtype)
-    library = usable(weights)
+    library = cpu_library(weights)
     assert library is not None  # packed weights are for our kernels
     library.llama_dequantize(
-        q.data_ptr(), scales.data_ptr(), weights.data_ptr(), weights.shape[1], rows, DTYPES[dtype],
-        NUMBERS[q.dtype], variant(), torch.get_num_threads(),
+        q.data_ptr(), scales.data_ptr(), weights.data_ptr(), weights.shape[1], rows, DTYPE_CODES[dtype],
+        FORMAT_CODES[q.dtype], variant(), torch.get_num_threads(),
     )  # fmt: skip
     return weights

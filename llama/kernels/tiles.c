@@ -1,17 +1,17 @@
 /* Products of many rows with packed weights on AMX: y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ in bfloat16,
    summed in float32. How weights are packed: see quantized.c.
 
-   One instruction multiplies a tile of 16 rows of x by STEP inputs with a tile of 16 rows of W, 16 × 16 sums of it; what is
-   to be done is to have the next tiles at hand. x is laid out tile after tile once. Packed
-   bfloat16 weights are tiles as they are. Of others a panel of two blocks and some inputs at a time is laid out as tiles of
-   the numbers that its integers stand for; the panel stays in the cache while all of x goes by, and the sums wait in memory for the next inputs. While tiles are multiplied, the next
-   panel is fetched from memory. */
+   One instruction multiplies a tile of 16 rows of x by STEP inputs with a tile of 16 rows of W, and adds to 16 × 16 sums.
+   All else serves to have the next tiles ready. x is laid out tile after tile once. Packed bfloat16 weights are tiles as
+   they are. Other weights are dequantised into tiles panel by panel: two blocks, and some inputs at a time. A panel stays
+   in the cache while all rows of x are multiplied with it; the sums wait in memory for the next inputs. While tiles are
+   multiplied, the next panel is fetched from memory. */
 
 #include "kernels.h"
 
 #if X86
-enum { STEP = RUN, TILE = 16 * STEP, GROUP = 8, MOST_ROWS = 512 }; /* GROUP panels share their sums' memory */
-/* Steps in a panel: where x is short reading W in long runs counts most, else that a panel fits the first-level cache. */
+enum { STEP = GROUP, TILE = 16 * STEP, PANELS = 8, MOST_ROWS = 512 }; /* so many panels share their sums' memory */
+/* Steps in a panel: where x is short reading W in long groups counts most, else that a panel fits the first-level cache. */
 enum { DEEP = 64, SHALLOW = 8, SHORT = 64 };
 
 typedef struct {
@@ -46,8 +46,8 @@ AMX static void lay_out_rows(const uint16_t *x, int64_t rows, int64_t inputs, ui
         }
 }
 
-/* A run of a packed block as a tile: row r holds the r-th pair of inputs of its 16 rows. */
-AMX INLINE void dequantize_tile(const uint8_t *run, __m512 scale, int format, uint16_t *to) {
+/* A group of a packed block as a tile: row r holds the r-th pair of inputs of its 16 rows. */
+AMX INLINE void dequantize_tile(const uint8_t *group, __m512 scale, int format, uint16_t *to) {
     const __m512 numbers = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8); /* by four bits */
     const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                                   21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -55,12 +55,12 @@ AMX INLINE void dequantize_tile(const uint8_t *run, __m512 scale, int format, ui
     for (int k = 0; k < 8; k++) {
         __m512 four[4];
         if (format == INT8) {
-            __m512i q = _mm512_loadu_si512(run + k * 64);
+            __m512i q = _mm512_loadu_si512(group + k * 64);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++)
                 four[j] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(q, 24 - 8 * j), 24));
         } else {
-            __m512i q = _mm512_srli_epi32(_mm512_loadu_si512(run + k % 4 * 64), k < 4 ? 0 : 4);
+            __m512i q = _mm512_srli_epi32(_mm512_loadu_si512(group + k % 4 * 64), k < 4 ? 0 : 4);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) four[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(q, 8 * j), numbers);
         }
@@ -80,10 +80,10 @@ typedef struct {
 /* A panel: blocks `first` and the next of W, `steps` steps from step `from` on; laid out in `to` where they are
    not tiles already. */
 AMX static Panel lay_out_panel(const Weights *w, int64_t first, int64_t from, int64_t steps, uint16_t *to) {
-    int64_t runs = w->inputs / RUN, blocks = (w->outputs + LANES - 1) / LANES;
+    int64_t groups = w->inputs / GROUP, blocks = (w->outputs + BLOCK_ROWS - 1) / BLOCK_ROWS;
     if (w->format == PLAIN) {
-        const uint16_t *left = (const uint16_t *)w->w + (first * runs + from) * TILE;
-        return (Panel){left, first + 1 < blocks ? left + runs * TILE : left, TILE};
+        const uint16_t *left = (const uint16_t *)w->w + (first * groups + from) * TILE;
+        return (Panel){left, first + 1 < blocks ? left + groups * TILE : left, TILE};
     }
     for (int64_t half = 0; half < 2; half++)
         for (int64_t step = 0; step < steps; step++) {
@@ -92,10 +92,10 @@ AMX static Panel lay_out_panel(const Weights *w, int64_t first, int64_t from, in
                 memset(tile, 0, TILE * sizeof *tile);
                 continue;
             }
-            int64_t at = (first + half) * runs + from + step;
-            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w->scales + at * LANES)));
-            if (w->format == INT8) dequantize_tile(w->w + at * run_bytes(INT8), scale, INT8, tile);
-            else dequantize_tile(w->w + at * run_bytes(INT4), scale, INT4, tile);
+            int64_t at = (first + half) * groups + from + step;
+            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(w->scales + at * BLOCK_ROWS)));
+            if (w->format == INT8) dequantize_tile(w->w + at * group_bytes(INT8), scale, INT8, tile);
+            else dequantize_tile(w->w + at * group_bytes(INT4), scale, INT4, tile);
         }
     return (Panel){to, to + TILE, 2 * TILE};
 }
@@ -107,8 +107,9 @@ typedef struct {
 } Ahead;
 
 static Ahead panel_ahead(const Weights *w, int64_t first, int64_t from, int64_t steps, int64_t end) {
-    int64_t runs = w->inputs / RUN, bytes = run_bytes(w->format), left = runs - from, lines = end - first < 2 ? end - first : 2;
-    return (Ahead){w->w + (first * runs + from) * bytes, runs * bytes, (left < steps ? left : steps) * bytes, 0,
+    int64_t groups = w->inputs / GROUP, bytes = group_bytes(w->format), left = groups - from;
+    int64_t lines = end - first < 2 ? end - first : 2;
+    return (Ahead){w->w + (first * groups + from) * bytes, groups * bytes, (left < steps ? left : steps) * bytes, 0,
                    lines > 0 ? lines : 0};
 }
 
@@ -170,14 +171,14 @@ AMX static void some_blocks(
     int64_t steps = w->inputs / STEP, tall = (n + 15) / 16, pairs = (tall + 1) / 2, most = n <= SHORT ? DEEP : SHALLOW;
     float *sums = (float *)(scratch + DEEP * 2 * TILE * 2);
     configure_tiles();
-    for (int64_t group = begin; group < end; group += GROUP * 2)
+    for (int64_t first_block = begin; first_block < end; first_block += PANELS * 2)
         for (int64_t from = 0; from < steps; from += most) {
             int64_t deep = steps - from < most ? steps - from : most;
-            int64_t stop = end - group < GROUP * 2 ? end : group + GROUP * 2;
-            for (int64_t block = group; block < stop; block += 2) {
-                float *own = sums + (block - group) / 2 * pairs * 1024;
+            int64_t stop = end - first_block < PANELS * 2 ? end : first_block + PANELS * 2;
+            for (int64_t block = first_block; block < stop; block += 2) {
+                float *own = sums + (block - first_block) / 2 * pairs * 1024;
                 int beside = block + 2 < stop, below = from + deep < steps; /* where the next panel is */
-                Ahead ahead = panel_ahead(w, beside ? block + 2 : below ? group : stop,
+                Ahead ahead = panel_ahead(w, beside ? block + 2 : below ? first_block : stop,
                                           beside ? from : below ? from + deep : 0, most, end);
                 int64_t lines = (ahead.width + 63) / 64 * ahead.lines, count = (lines + pairs * deep - 1) / (pairs * deep);
                 Panel panel = lay_out_panel(w, block, from, deep, (uint16_t *)scratch);
@@ -189,8 +190,8 @@ AMX static void some_blocks(
                     else multiply(tiles, 0, panel, deep, four, from == 0, &ahead, count);
                     if (below) continue;
                     for (int64_t row = pair * 32; row < n && row < pair * 32 + 32; row += 16)
-                        write_sums(four + row % 32 * 32, n - row < 16 ? n - row : 16, w->outputs - block * LANES,
-                                   y + row * w->outputs + block * LANES, w->outputs);
+                        write_sums(four + row % 32 * 32, n - row < 16 ? n - row : 16, w->outputs - block * BLOCK_ROWS,
+                                   y + row * w->outputs + block * BLOCK_ROWS, w->outputs);
                 }
             }
         }
@@ -198,10 +199,10 @@ AMX static void some_blocks(
 }
 #endif
 
-/* A panel, and the sums of a group. */
+/* Room for a panel, and for the sums of PANELS panels. */
 static int64_t scratch_bytes(void) {
 #if X86
-    return DEEP * 2 * TILE * 2 + GROUP * (MOST_ROWS / 32) * 4096;
+    return DEEP * 2 * TILE * 2 + PANELS * (MOST_ROWS / 32) * 4096;
 #else
     return 0;
 #endif
@@ -220,7 +221,8 @@ void llama_tiles_product(
 #if X86
     uint8_t *base = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
     const Weights weights = {w, scales, inputs, outputs, format};
-    int64_t tall = (n + 15) / 16, blocks = (outputs + LANES - 1) / LANES, share = ((blocks + threads - 1) / threads + 1) / 2 * 2;
+    int64_t tall = (n + 15) / 16, blocks = (outputs + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    int64_t share = ((blocks + threads - 1) / threads + 1) / 2 * 2;
     uint16_t *tiles = (uint16_t *)base;
     uint8_t *scratch = base + tall * 16 * inputs * 2;
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -1,127 +1,159 @@
-"""Attention of a packed step's queries over each sequence's own slot of the KV cache."""
+"""Attention of a packed step's queries over each sequence's own slot of the KV cache.
 
+How a step's attention is computed is the same in every layer, so a plan for it is made once a step and called in each
+layer. Plans agree on one call: `plan(q, keys, values)` takes queries (N, H, D) and a layer's cache (K, S, P, D), which
+holds the step's own keys and values already, and returns (N, H, D).
+
+The H / K query heads that share a kv head never get copies of it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from llama.kernels.dispatch import gpu_kernels, load_gpu, usable
-from llama.kernels.ops import MOST_HEAD_DIM, attend
-from llama.model.flash_attention import Packed, can_run, flash_attention, pack
-from llama.model.kv_cache import KVCache
+from llama.kernels.dispatch import GPUKernels, cpu_library, gpu_kernels
+from llama.kernels.ops import CPU_MAX_HEAD_DIM, attend
+from llama.model.flash_attention import flash_kernel_reads, plan_flash
+from llama.model.kv_cache import KVCache, slot_view
 from llama.model.step import Span, Step
 
-
-@dataclass(frozen=True, slots=True)
-class SpanMask:
-    """A span and its mask (n, length), True where a query may look; None where SDPA needs no mask tensor."""
-
-    span: Span
-    mask: Tensor | None
+AttentionPlan = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Singles:
-    """The spans of one token each that our own kernel computes together: their rows, and where their slots begin."""
+class GPUSingleQueries:
+    """Single queries, one a sequence, by our kernel for CUDA: only the device may know their slots and positions."""
+
+    kernels: GPUKernels
+    slots: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64
+
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.kernels.attend(q.contiguous(), keys, values, self.slots, self.positions)
+
+
+class RowPlan(ABC):
+    """A plan for some rows of a step, which leaves the others to further plans."""
+
+    __slots__ = ()
+
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q = q.contiguous()
+        out = torch.empty_like(q)
+        self.write(q, keys, values, out)
+        return out
+
+    @abstractmethod
+    def write(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        """Write this plan's rows of `out` (N, H, D); q and `out` are contiguous."""
+
+
+@dataclass(frozen=True, slots=True)
+class SingleQueries(RowPlan):
+    """Single queries, one a sequence, by our kernel for CPUs in one call."""
 
     rows: Tensor  # (n,) int64, of the step
-    starts: Tensor  # (n,) int64, token rows of the cache
+    starts: Tensor  # (n,) int64, token rows of the cache where their slots begin
     lengths: Tensor  # (n,) int64
     longest: int
 
-
-@dataclass(frozen=True, slots=True)
-class GPUSingles:
-    """The same on CUDA, where only the device may know which slots and lengths they are."""
-
-    rows: Tensor | None  # (n,) int64, of the step; None: all
-    slots: Tensor  # (n,) int64
-    positions: Tensor  # (n,) int64
+    def write(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        attend(q, keys, values, out, self.rows, self.starts, self.lengths, self.longest)
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """How a step's spans are computed: the same in every layer, so made once a step."""
+class GatheredRows(RowPlan):
+    """Some rows of a step, gathered for a plan that computes all the queries it gets."""
 
-    spans: list[SpanMask]
-    singles: Singles | GPUSingles | None = None
-    packed: Packed | None = None  # all spans, for the flash kernel
+    rows: Tensor  # (n,) int64, of the step
+    plan: AttentionPlan
+
+    def write(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        out[self.rows] = self.plan(q[self.rows], keys, values)
+
+
+@dataclass(frozen=True, slots=True)
+class SDPA(RowPlan):
+    """PyTorch's scaled_dot_product_attention, a call for each span.
+
+    A single query's heads become query positions of their kv head; a longer span sees it through a view of stride 0.
+    `masks` (n, length) are True where a query may look. Only a chunk that continues a prompt needs one: SDPA's own
+    causal mask assumes that the first query is at position 0, and a single query sees all that its slot holds.
+    """
+
+    spans: tuple[Span, ...]
+    masks: tuple[Tensor | None, ...]
+
+    def write(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        n_heads, head_dim = q.shape[1:]
+        for span, mask in zip(self.spans, self.masks, strict=True):
+            k, v = (slot_view(stored, span.slot, span.length, q.dtype) for stored in (keys, values))
+            n_kv_heads = k.shape[0]
+            queries = q[span.rows].view(span.n, n_kv_heads, n_heads // n_kv_heads, head_dim)
+            if span.n == 1:
+                heads = scaled_dot_product_attention(queries, k[None], v[None])  # (1, K, H/K, D)
+                out[span.rows] = heads.reshape(1, n_heads, head_dim)  # its strides depend on SDPA's kernel
+                continue
+            queries = queries.permute(1, 2, 0, 3)  # (K, H/K, n, D)
+            shape = (*queries.shape[:2], span.length, head_dim)
+            heads = scaled_dot_product_attention(
+                queries, k[:, None].expand(shape), v[:, None].expand(shape), mask, is_causal=mask is None
+            )
+            out[span.rows] = heads.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Together(RowPlan):
+    """Plans whose rows are all rows of the step."""
+
+    plans: tuple[RowPlan, ...]
+
+    def write(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        for plan in self.plans:
+            plan.write(q, keys, values, out)
 
 
 def plan(step: Step, cache: KVCache) -> AttentionPlan:
-    """Single queries go to our kernels, in one call; on CUDA prompts go to the flash kernel. Else SDPA takes a span.
-
-    Only a chunk that continues a prompt needs a mask: SDPA's own causal mask assumes that the first query is at
-    position 0, and a single query sees all that its slot holds.
-    """
-    on_gpu = on_device(cache)
-    if on_gpu and step.decodes:
-        return AttentionPlan([], GPUSingles(None, step.slots, step.positions))
-    if can_run(cache.keys[0]):
-        return AttentionPlan([], packed=pack(step, cache))
-    together = on_gpu or (usable(cache.keys[0]) is not None and cache.keys[0].shape[-1] <= MOST_HEAD_DIM)
-    single = [span for span in step.spans if span.n == 1] if together else []
-    rest = [span for span in step.spans if span.n > 1 or not together]
-    masked = [SpanMask(span, _chunk_mask(span, step.tokens.device)) for span in rest]
-    if not single:
-        return AttentionPlan(masked)
-    return AttentionPlan(masked, _gpu_singles(single, step) if on_gpu else _singles(single, cache))
+    """Single queries go to our kernels, in one call; prompts on CUDA to the flash kernel; SDPA takes what is left."""
+    gpu = gpu_kernels_for(cache)
+    if gpu and step.decodes:
+        return GPUSingleQueries(gpu, step.slots, step.positions)
+    if flash_kernel_reads(cache.keys[0]):
+        return plan_flash(step, cache)
+    has_kernel = gpu is not None or _cpu_kernel_reads(cache.keys[0])
+    singles = [span for span in step.spans if span.n == 1] if has_kernel else []
+    rest = [span for span in step.spans if span.n > 1 or not has_kernel]
+    sdpa = SDPA(tuple(rest), tuple(_chunk_mask(span, step.tokens.device) for span in rest))
+    if not singles:
+        return sdpa
+    return Together((_gpu_singles(singles, step, gpu) if gpu else _cpu_singles(singles, cache), sdpa))
 
 
-def on_device(cache: KVCache) -> bool:
-    """Whether our kernel for CUDA can read the cache."""
-    return gpu_kernels(torch.empty(0, dtype=cache.dtype, device=cache.keys[0].device)) is not None
+def gpu_kernels_for(cache: KVCache) -> GPUKernels | None:
+    """Our kernels for CUDA, where they can read the cache."""
+    return gpu_kernels(torch.empty(0, dtype=cache.dtype, device=cache.keys[0].device))
 
 
-def _singles(spans: list[Span], cache: KVCache) -> Singles:
-    facts = [(span.first_row, span.slot * cache.max_seq_len, span.length) for span in spans]
-    rows, starts, lengths = torch.tensor(facts, dtype=torch.int64).T.contiguous()
-    return Singles(rows, starts, lengths, max(span.length for span in spans))
+def _cpu_kernel_reads(keys: Tensor) -> bool:
+    return cpu_library(keys) is not None and keys.shape[-1] <= CPU_MAX_HEAD_DIM
 
 
-def _gpu_singles(spans: list[Span], step: Step) -> GPUSingles:
+def _cpu_singles(spans: Sequence[Span], cache: KVCache) -> SingleQueries:
+    columns = [(span.first_row, span.slot * cache.max_seq_len, span.length) for span in spans]
+    rows, starts, lengths = torch.tensor(columns, dtype=torch.int64).T.contiguous()
+    return SingleQueries(rows, starts, lengths, max(span.length for span in spans))
+
+
+def _gpu_singles(spans: Sequence[Span], step: Step, gpu: GPUKernels) -> GatheredRows:
     rows = torch.tensor([span.first_row for span in spans], dtype=torch.int64).to(step.tokens.device)
-    return GPUSingles(rows, step.slots[rows], step.positions[rows])
+    return GatheredRows(rows, GPUSingleQueries(gpu, step.slots[rows], step.positions[rows]))
 
 
 def _chunk_mask(span: Span, device: torch.device) -> Tensor | None:
     if span.n == 1 or span.start == 0:
         return None
     return torch.ones(span.n, span.length, dtype=torch.bool, device=device).tril(span.start)
-
-
-def attention(q: Tensor, cache: KVCache, layer: int, plan: AttentionPlan) -> Tensor:
-    """Queries (N, H, D) → (N, H, D). The step's keys and values must be in the cache already.
-
-    The H / K query heads that share a kv head never get copies of it: a single query's heads become query
-    positions of that head; a longer span sees it through a view of stride 0.
-    """
-    keys, values = cache.keys[layer], cache.values[layer]
-    if plan.packed:
-        return flash_attention(q, keys, values, plan.packed)
-    one, q = plan.singles, q.contiguous()
-    if isinstance(one, GPUSingles) and one.rows is None:
-        return load_gpu(q.device).attend(q, keys, values, one.slots, one.positions)
-    out = torch.empty_like(q)
-    if isinstance(one, GPUSingles):
-        out[one.rows] = load_gpu(q.device).attend(q[one.rows], keys, values, one.slots, one.positions)
-    elif one:
-        attend(q, keys, values, out, one.rows, one.starts, one.lengths, one.longest)
-    n_heads, head_dim = q.shape[1:]
-    for item in plan.spans:
-        span = item.span
-        keys, values = cache.view(layer, span.slot, span.length)
-        n_kv_heads = keys.shape[0]
-        queries = q[span.rows].view(span.n, n_kv_heads, n_heads // n_kv_heads, head_dim)
-        if span.n == 1:
-            heads = scaled_dot_product_attention(queries, keys[None], values[None])  # (1, K, H/K, D)
-            out[span.rows] = heads.reshape(1, n_heads, head_dim)  # of strides that depend on SDPA's kernel
-            continue
-        queries = queries.permute(1, 2, 0, 3)  # (K, H/K, n, D)
-        shape = (*queries.shape[:2], span.length, head_dim)
-        heads = scaled_dot_product_attention(
-            queries, keys[:, None].expand(shape), values[:, None].expand(shape), item.mask, is_causal=item.mask is None
-        )
-        out[span.rows] = heads.permute(2, 0, 1, 3).flatten(1, 2)
-    return out

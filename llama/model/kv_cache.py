@@ -11,7 +11,7 @@ FLOAT8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of fraction, up to 448
 
 def check_kv_dtype(kv_dtype: str | None, device: torch.device) -> None:
     """Raise DeviceError where the device cannot have a cache of this dtype (None: that of the weights)."""
-    too_old = device.type == "cuda" and compute_capability(device) < ADA  # which converts it
+    too_old = device.type == "cuda" and compute_capability(device) < ADA  # which converts float8
     if kv_dtype and (too_old or device.type == "mps"):
         raise DeviceError(
             f"kv_dtype='fp8' needs a CUDA GPU from Ada or Hopper on, or a CPU, not {device}: leave it out"
@@ -23,16 +23,16 @@ class KVCache:
 
     A slot's keys of one head are contiguous, and (S, P) folds into one axis of token rows: the row of a slot's
     position is slot · P + position. The memory is allocated once and not cleared: readers take views up to the
-    length that was written. `float8` holds them in half of 16 bits, each rounded to 4 significant bits.
+    length that was written. `float8` stores them in half of 16 bits, each rounded to 4 significant bits.
     """
 
     def __init__(
         self, n_layers: int, n_kv_heads: int, slots: int, max_seq_len: int, head_dim: int, dtype: torch.dtype,
         device: torch.device, float8: bool = False,
     ) -> None:  # fmt: skip
-        shape, held = (n_kv_heads, slots, max_seq_len, head_dim), FLOAT8 if float8 else dtype
-        self.keys = [torch.empty(shape, dtype=held, device=device) for _ in range(n_layers)]
-        self.values = [torch.empty(shape, dtype=held, device=device) for _ in range(n_layers)]
+        shape, stored = (n_kv_heads, slots, max_seq_len, head_dim), FLOAT8 if float8 else dtype
+        self.keys = [torch.empty(shape, dtype=stored, device=device) for _ in range(n_layers)]
+        self.values = [torch.empty(shape, dtype=stored, device=device) for _ in range(n_layers)]
         self.dtype = dtype  # of what is computed with it
         self.slots = slots
         self.max_seq_len = max_seq_len
@@ -41,11 +41,12 @@ class KVCache:
         """The token rows (N,) of N slots and positions: the same for every layer, so computed once a step."""
         return slots * self.max_seq_len + positions
 
-    def view(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
-        """The slot's first `length` keys and values, each (K, length, D), in `dtype`: without a copy unless float8."""
-        return self.keys[layer][:, slot, :length].to(self.dtype), self.values[layer][:, slot, :length].to(self.dtype)
-
     def copy_prefix(self, source: int, target: int, length: int, start: int = 0) -> None:
         """Make positions start … length − 1 of slot `target` equal to those of slot `source`."""
         for tensor in (*self.keys, *self.values):
             tensor[:, target, start:length] = tensor[:, source, start:length]
+
+
+def slot_view(stored: Tensor, slot: int, length: int, dtype: torch.dtype) -> Tensor:
+    """The first `length` of a slot's keys or values, (K, length, D), in `dtype`: no copy unless they are float8."""
+    return stored[:, slot, :length].to(dtype)

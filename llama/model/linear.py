@@ -1,5 +1,7 @@
 """fairscale's parallel layers, made on the meta device, with the product that this device computes fastest."""
 
+from typing import TypeVar
+
 import torch
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from fairscale.nn.model_parallel.mappings import (
@@ -14,6 +16,8 @@ from llama.parallel import model_parallel_size
 
 FEW_ROWS = 64  # up to so many a CPU multiplies half-precision weights faster from the left
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
 
 def product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
     """x (N, inputs) · weight (outputs, inputs)ᵀ → (N, outputs), contiguous; the weight may be quantised, or packed."""
@@ -26,7 +30,7 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> T
     return linear(x, weight)
 
 
-class ColumnLinear(ColumnParallelLinear):
+class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]  # fairscale has no types
     """Each rank computes its own outputs; they are gathered where all ranks need all of them."""
 
     scales: Tensor | None = None
@@ -37,7 +41,7 @@ class ColumnLinear(ColumnParallelLinear):
         return gather_from_model_parallel_region(y) if self.gather_output and self.ranks > 1 else y
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(RowParallelLinear):  # type: ignore[misc]  # fairscale has no types
     """Each rank has its own inputs; the partial sums are added over the ranks."""
 
     scales: Tensor | None = None
@@ -71,7 +75,7 @@ def parallel_embedding(vocab_size: int, dim: int) -> ParallelEmbedding:
     return _on_meta(layer, vocab_size, dim // mp)
 
 
-def _on_meta(layer: nn.Module, rows: int, columns: int) -> nn.Module:
+def _on_meta(layer: Layer, rows: int, columns: int) -> Layer:
     """Give a layer that was made for size (mp, mp) its real local weight (rows, columns), on the meta device.
 
     fairscale's constructors allocate and fill float32 host memory, so a layer is made tiny first.

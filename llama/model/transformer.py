@@ -5,20 +5,16 @@ Letters in shapes: N tokens of a step, H heads, K kv heads, D head_dim, R rows w
 Source: "Llama 2: Open Foundation and Fine-Tuned Chat Models", https://arxiv.org/abs/2307.09288.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from llama.kernels.decode_step import DecodeStep, can_run
-from llama.kernels.dispatch import gpu_step
-from llama.kernels.ops import add_norm, gate, turn_and_store
+from llama.kernels.ops import add_norm, rope_and_store, silu_and_mul
 from llama.model.args import ModelArgs
-from llama.model.attention import AttentionPlan, attention, plan
+from llama.model.forward import LayerInputs, Prepared, forward
 from llama.model.kv_cache import KVCache
 from llama.model.linear import column_parallel, parallel_embedding, row_parallel
 from llama.model.step import Step
-from llama.parallel import model_parallel_size, with_peers
+from llama.parallel import model_parallel_size
 
 
 class RMSNorm(nn.Module):
@@ -29,36 +25,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim, device="meta"), requires_grad=False)
 
-    def forward(self, x: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x + more (N, dim), or x where that is None; and that, normed."""
-        return add_norm(x, more, self.weight, self.eps)
-
-
-def rope_table(head_dim: int, positions: int, theta: float, device: torch.device) -> Tensor:
-    """Unit complex numbers, as (positions, D/2, 2) float32, for interleaved RoPE (https://arxiv.org/abs/2104.09864).
-
-    Pair i of a head, read as a complex number, is turned by position · theta^(−2i/D).
-    """
-    freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
-    angles = torch.outer(torch.arange(positions).float(), freqs)
-    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).to(device)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of residual + x (N, dim), and that sum; of x alone where there is no residual."""
+        return add_norm(x, residual, self.weight, self.eps)
 
 
 class Attention(nn.Module):
     """Grouped-query attention; this rank holds H / mp query heads and K / mp kv heads."""
 
-    def __init__(self, args: ModelArgs, layer: int) -> None:
+    def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         mp = model_parallel_size()
-        self.layer = layer
         self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads // mp, args.kv_heads // mp, args.head_dim
         self.wqkv = column_parallel(args.dim, (args.n_heads + 2 * args.kv_heads) * args.head_dim)
         self.wo = row_parallel(args.n_heads * args.head_dim, args.dim)
 
-    def queries(self, x: Tensor, turns: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-        """The queries (N, H, D) of x (N, dim), turned; its keys and values go to those rows of the layer's cache."""
+    def queries(self, x: Tensor, freqs_cis: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+        """The queries (N, H, D) of x (N, dim), after RoPE; its keys and values go to those rows of the cache."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2K, D)
-        return turn_and_store(heads, turns, keys, values, rows, self.n_heads)
+        return rope_and_store(heads, freqs_cis, keys, values, rows, self.n_heads)
 
 
 class FeedForward(nn.Module):
@@ -70,44 +55,42 @@ class FeedForward(nn.Module):
         self.w2 = row_parallel(args.hidden_dim, args.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(gate(self.w13(x)))
+        y: Tensor = self.w2(silu_and_mul(self.w13(x)))
+        return y
 
 
 class TransformerBlock(nn.Module):
+    """h = x + attention(norm(x)), then h + feed_forward(norm(h)).
+
+    A block takes and returns such a sum as a pair (x, residual) that the next norm adds: one kernel adds and norms, so
+    the sum is not read from memory once more.
+    """
+
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
-        self.attention = Attention(args, layer)
+        self.layer = layer
+        self.attention = Attention(args)
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, more: Tensor | None, inputs: "LayerInputs") -> tuple[Tensor, Tensor]:
-        """The layer's input x + more (N, dim) → its output, as such a sum too: the next norm adds the two."""
-        cache, layer = inputs.cache, self.attention.layer
-        x, q = self.before(x, more, inputs.turns, cache.keys[layer], cache.values[layer], inputs.rows)
-        return self.after(x, attention(q, cache, layer, inputs.plan))
+    def forward(self, x: Tensor, residual: Tensor | None, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+        """x and the residual (N, dim), or x alone, → such a pair for the next layer."""
+        keys, values = inputs.cache.keys[self.layer], inputs.cache.values[self.layer]
+        q, residual = self.before_attention(x, residual, inputs.freqs_cis, keys, values, inputs.rows)
+        return self.after_attention(inputs.attend(q, keys, values), residual)
 
-    def before(
-        self, x: Tensor, more: Tensor | None, turns: Tensor, keys: Tensor, values: Tensor, rows: Tensor
+    def before_attention(
+        self, x: Tensor, residual: Tensor | None, freqs_cis: Tensor, keys: Tensor, values: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What comes before attention: x + more (N, dim), and its queries (N, H, D); see `Attention.queries`."""
-        x, normed = self.attention_norm(x, more)
-        return x, self.attention.queries(normed, turns, keys, values, rows)
+        """The queries (N, H, D), and the new residual; keys and values go to the layer's cache."""
+        x, residual = self.attention_norm(x, residual)
+        return self.attention.queries(x, freqs_cis, keys, values, rows), residual
 
-    def after(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """What comes after it: x (N, dim) and the heads' sums (N, H, D) → the layer's output, as a sum."""
-        x, normed = self.ffn_norm(x, self.attention.wo(attended.flatten(1)))
-        return x, self.feed_forward(normed)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerInputs:
-    """What every layer of one step needs beside its input: made once a step."""
-
-    cache: KVCache
-    rows: Tensor  # (N,) token rows of the cache to write to
-    turns: Tensor  # (N, 1, D/2, 2) float32
-    plan: AttentionPlan
+    def after_attention(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """What the heads found (N, H, D), and the residual → the layer's output, as a pair."""
+        x, residual = self.ffn_norm(self.attention.wo(heads.flatten(1)), residual)
+        return self.feed_forward(x), residual
 
 
 class Transformer(nn.Module):
@@ -126,9 +109,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = column_parallel(args.dim, args.vocab_size, gather=True)
-        self.rope: Tensor | None = None  # made where the weights are, at the first step
-        self._decode_step: DecodeStep | None = None
-        self.compiled = False  # see compiled.py
+        self.prepared = Prepared()  # what `forward` keeps between steps
 
     @property
     def device(self) -> torch.device:
@@ -146,30 +127,19 @@ class Transformer(nn.Module):
             args.n_layers, kv_heads, slots, max_seq_len, args.head_dim, self.dtype, self.device, self.kv_dtype == "fp8"
         )
 
-    @torch.inference_mode()
-    @with_peers
     def forward(self, step: Step, cache: KVCache) -> Tensor:
         """Write the step's keys and values into the cache; return the logits (R, vocab) in float32."""
-        if self.rope is None or self.rope.shape[0] < cache.max_seq_len:
-            self.rope = rope_table(self.params.head_dim, cache.max_seq_len, self.params.rope_theta, self.device)
-        together = step.decodes and model_parallel_size() == 1 and not self.compiled
-        if together and can_run(len(step.spans), self, cache):
-            return self._decode(step, cache)
-        if together and (gpu := gpu_step(len(step.tokens), self, cache)):
-            return gpu.run(self, step, cache)
-        turns = self.rope[step.positions][:, None]
-        inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), turns, plan(step, cache))
-        x = self.tok_embeddings(step.tokens)
-        more = torch.zeros_like(x) if self.compiled else None  # so that the first layer needs no graph of its own
-        for layer in self.layers:
-            x, more = layer(x, more, inputs)
-        if not step.decodes:
-            x, more = x[step.logit_rows], more[step.logit_rows]
-        return self.output(self.norm(x, more)[1]).float()
+        return forward(self, step, cache)
 
-    def _decode(self, step: Step, cache: KVCache) -> Tensor:
-        """A small decode step on a CPU, all of it in one call."""
-        if self._decode_step is None or not self._decode_step.of(self.rope, cache):
-            self._decode_step = DecodeStep(self, cache)
-        longest = max(span.length for span in step.spans)
-        return self._decode_step.run(step.tokens, step.slots, step.positions, longest)
+    def layer_by_layer(self, step: Step, inputs: LayerInputs) -> Tensor:
+        """The same, for any step: all modules, one after the other."""
+        x: Tensor = self.tok_embeddings(step.tokens)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, inputs)
+        if not step.decodes:
+            assert residual is not None  # every model has layers
+            x, residual = x[step.logit_rows], residual[step.logit_rows]
+        normed, _ = self.norm(x, residual)
+        logits: Tensor = self.output(normed)
+        return logits.float()

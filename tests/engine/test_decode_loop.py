@@ -29,6 +29,7 @@ from llama.engine.decode_loop import (
 )
 from llama.engine.engine import Engine
 from llama.errors import NumericalError
+from llama.model.forward import Prepared
 from llama.model.kv_cache import KVCache
 from llama.model.step import Step
 from llama.request import Request
@@ -225,7 +226,7 @@ def test_padding_keeps_the_tokens_of_what_it_repeats() -> None:
 
     class Rounding:
         device = torch.device("cpu")
-        rope = None
+        prepared = Prepared()
 
         def __call__(self, step: Step, cache: KVCache) -> torch.Tensor:
             best = step.tokens * 3 + torch.arange(len(step.tokens))

@@ -12,22 +12,23 @@ from reference import kept
 
 import llama.engine.sampling as sampling
 from llama.engine.sampling import adjust, noise_key, sample, top_logprobs, uniform
-from llama.kernels import dispatch, ops
+from llama.kernels import library
+from llama.kernels import sample as kernel
 from llama.request import SamplingParams, derive_seed
 
-VARIANTS = range(dispatch.variant() + 1) if dispatch.load()[0] else []
+VARIANTS = range(library.variant() + 1) if library.load()[0] else []
 
 
 @pytest.fixture(
-    scope="module", params=["sorted", *VARIANTS], ids=["sorted", *dispatch.VARIANTS[: len(VARIANTS)]], autouse=True
+    scope="module", params=["sorted", *VARIANTS], ids=["sorted", *library.VARIANTS[: len(VARIANTS)]], autouse=True
 )
 def way(request: pytest.FixtureRequest) -> Iterator[str | int]:
     """Every test with PyTorch's operators, as on a GPU, and with the kernel in each variant of this processor."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "sorted":
-            patch.setattr(sampling, "usable", lambda logits: None)
+            patch.setattr(sampling, "cpu_library", lambda logits: None)
         else:
-            patch.setattr(ops, "variant", lambda: request.param)
+            patch.setattr(kernel, "variant", lambda: request.param)
         yield request.param
 
 
@@ -159,7 +160,7 @@ def test_the_kernel_draws_what_a_full_sort_draws(way: str | int, monkeypatch: py
         ):
             found = draw(rows, noise, **filters)
             with monkeypatch.context() as patch:
-                patch.setattr(sampling, "usable", lambda logits: None)
+                patch.setattr(sampling, "cpu_library", lambda logits: None)
                 assert draw(rows, noise, **filters) == found
 
 

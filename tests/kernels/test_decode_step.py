@@ -8,10 +8,10 @@ from checkpoints import random_weights, save
 from conftest import DEMO
 
 from llama import Llama, SamplingParams
-from llama.kernels import decode_step, dispatch
-from llama.model import transformer as model
+from llama.kernels import decode_step, dispatch, library
+from llama.model import forward
 
-LIBRARY = dispatch.load()[0]
+LIBRARY = library.load()[0]
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=f"{dispatch.why_not(torch.device('cpu'))}")
 PARAMS = {"dim": 256, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 1024, "multiple_of": 64,
           "norm_eps": 1e-5}  # fmt: skip
@@ -33,7 +33,7 @@ def generated(
     with monkeypatch.context() as patch:
         patch.setattr(decode_step.DecodeStep, "run", lambda self, *a: calls.append(1) or run(self, *a))
         if not together:
-            patch.setattr(model, "can_run", lambda rows, model, cache: False)
+            patch.setattr(forward, "can_fuse_on_cpu", lambda rows, model, cache: False)
         llama = Llama.build(str(folder), str(DEMO / "tokenizer.model"), 64, 3, device="cpu", **options)
         tokens, logprobs = llama.generate(PROMPTS, params=SamplingParams(temperature=0, max_gen_len=12, logprobs=True))
     return tokens, logprobs or [], len(calls)
@@ -45,7 +45,7 @@ def test_both_ways_give_the_same_bits(
     folder: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None, dtype: str
 ) -> None:
     """The same kernels in the same order: only the calls are fewer."""
-    if quantize is None and (dtype == "float32" or dispatch.VARIANTS[dispatch.variant()] != "amx"):
+    if quantize is None and (dtype == "float32" or library.VARIANTS[library.variant()] != "amx"):
         pytest.skip("such weights are left to PyTorch")
     together = generated(folder, monkeypatch, True, quantize=quantize, dtype=dtype)
     apart = generated(folder, monkeypatch, False, quantize=quantize, dtype=dtype)

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama.kernels import dispatch, ops
-from llama.model.transformer import rope_table
+from llama.kernels import dispatch, library, ops
+from llama.model.forward import precompute_freqs_cis
 
-LIBRARY = dispatch.load()[0]
+LIBRARY = library.load()[0]
 VARIANTS = range(LIBRARY.llama_variant() + 1) if LIBRARY else ()
 needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"{dispatch.why_not(torch.device('cpu'))}")
 BOTH = st.sampled_from([torch.float32, torch.bfloat16])
 
 
-@pytest.fixture(params=VARIANTS, ids=dispatch.VARIANTS[: len(VARIANTS)])
+@pytest.fixture(params=VARIANTS, ids=library.VARIANTS[: len(VARIANTS)])
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(ops, "variant", lambda: request.param)
     return request.param
@@ -32,20 +32,20 @@ def close(found: Tensor, expected: Tensor) -> bool:
 def plainly(monkeypatch: pytest.MonkeyPatch, run):  # type: ignore[no-untyped-def]
     """What PyTorch's operators give."""
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "usable", lambda x: None)
+        patch.setattr(ops, "cpu_library", lambda x: None)
         return run()
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_norm_and_gate_agree(variant: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norm_and_silu_and_mul_agree(variant: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """For odd sizes, one row and many, on any number of threads."""
     for n, dim in ((1, 8), (3, 17), (7, 192), (300, 448)):
         x, weight = torch.randn(n, dim).to(dtype) * 3, torch.randn(dim).to(dtype)
         normed = ops.rms_norm(x, weight, 1e-5)
         assert close(normed, plainly(monkeypatch, lambda x=x, w=weight: ops.rms_norm(x, w, 1e-5)))
         both = torch.randn(n, 2 * dim).to(dtype) * 4
-        assert close(ops.gate(both), plainly(monkeypatch, lambda both=both: ops.gate(both)))
+        assert close(ops.silu_and_mul(both), plainly(monkeypatch, lambda both=both: ops.silu_and_mul(both)))
         for threads in (1, 3):
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
@@ -55,16 +55,20 @@ def test_norm_and_gate_agree(variant: int, dtype: torch.dtype, monkeypatch: pyte
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_turned_heads_and_stored_ones_agree(variant: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries come back turned; keys are turned into their places, values copied; nothing else of the cache changes."""
+def test_heads_after_rope_and_stored_ones_agree(
+    variant: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries come back after RoPE, keys and values go to their places; nothing else of the cache changes."""
     for n, n_heads, kv_heads, head_dim in ((1, 2, 1, 2), (5, 8, 4, 24), (70, 4, 4, 64)):
         heads = torch.randn(n, n_heads + 2 * kv_heads, head_dim).to(dtype)
-        turns = rope_table(head_dim, 90, 10000.0, torch.device("cpu"))[torch.randint(0, 90, (n,))][:, None]
+        freqs_cis = precompute_freqs_cis(head_dim, 90, 10000.0, torch.device("cpu"))[torch.randint(0, 90, (n,))][
+            :, None
+        ]
         rows = torch.randperm(3 * 40)[:n]
         found, expected = ([torch.full((kv_heads, 3, 40, head_dim), 7.0).to(dtype) for _ in range(2)] for _ in range(2))
-        q = ops.turn_and_store(heads, turns, *found, rows, n_heads)
+        q = ops.rope_and_store(heads, freqs_cis, *found, rows, n_heads)
         plain = plainly(
-            monkeypatch, lambda a=(heads, turns, *expected, rows, n_heads): ops.turn_and_store(*a)
+            monkeypatch, lambda a=(heads, freqs_cis, *expected, rows, n_heads): ops.rope_and_store(*a)
         )  # fmt: skip
         assert q.shape == (n, n_heads, head_dim) and close(q, plain)
         assert close(found[0], expected[0]) and found[1].equal(expected[1])

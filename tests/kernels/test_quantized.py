@@ -1,6 +1,5 @@
 """Products with packed weights: every variant of the kernels against plain arithmetic."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,19 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama.kernels import dispatch, quantized
+from llama.kernels import dispatch, library, quantized
 from llama.quantization.quantize import DEQUANTIZE, QUANTIZE
 
-BEST = dispatch.VARIANTS[dispatch.load()[0].llama_variant()] if dispatch.load()[0] else None
-VARIANTS = dispatch.VARIANTS[: dispatch.VARIANTS.index(BEST) + 1] if BEST else ()
-needs_kernels = pytest.mark.skipif(not dispatch.load()[0], reason=f"{dispatch.why_not(torch.device('cpu'))}")
+BEST = library.VARIANTS[library.load()[0].llama_variant()] if library.load()[0] else None
+VARIANTS = library.VARIANTS[: library.VARIANTS.index(BEST) + 1] if BEST else ()
+needs_kernels = pytest.mark.skipif(not library.load()[0], reason=f"{dispatch.why_not(torch.device('cpu'))}")
 # int8 activations with a scale for each 32 numbers: half a step of 127, and bfloat16's 8 bits.
 TOLERANCE = {torch.float32: 0.012, torch.bfloat16: 0.012}
 
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(quantized, "variant", lambda: dispatch.VARIANTS.index(request.param))
+    monkeypatch.setattr(quantized, "variant", lambda: library.VARIANTS.index(request.param))
     return request.param
 
 
@@ -244,14 +243,3 @@ def test_without_the_kernels_pytorch_computes_the_same(monkeypatch: pytest.Monke
         dispatch.why_not(torch.device("cpu"))
         == "no compiled kernels (no compiler): PyTorch's operators are used, which are slower"
     )
-
-
-def test_the_variant_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By LLAMA_KERNELS: a worse one than the processor has, or none."""
-    monkeypatch.delenv("LLAMA_KERNELS", raising=False)  # with which these tests may be run
-    built = dispatch.load.__wrapped__()[0]
-    code = "from llama.kernels.dispatch import *; print(load()[0] is not None and VARIANTS[variant()])"
-    for named, expected in (("portable", "portable" if built else "False"), ("none", "False")):
-        environment = {**os.environ, "LLAMA_KERNELS": named}
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
-        assert out.stdout == f"{expected}\n", out.stderr

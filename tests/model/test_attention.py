@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reference import naive
 
 from llama.cli.chat.session import CPU
-from llama.model.attention import attention, plan
+from llama.model.attention import plan
 from llama.model.step import Step
 
 
@@ -30,7 +30,7 @@ def test_attention_is_the_textbooks(group: int, data: st.DataObject) -> None:
     new = torch.cat([full[slot][:, start:] for slot, start, _ in spans], dim=1)
     write(cache, cache.rows(step.slots, step.positions), new)
     queries = torch.randn(len(step.tokens), kv_heads * group, head_dim, generator=g)
-    out = attention(queries, cache, 1, plan(step, cache))
+    out = plan(step, cache)(queries, cache.keys[1], cache.values[1])
     for span in step.spans:
         expected = naive(queries[span.rows], *full[span.slot], span.start)
         assert torch.allclose(out[span.rows], expected, atol=1e-5)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from reference import naive
 
 from llama.model import flash_attention
-from llama.model.attention import AttentionPlan, attention, plan
+from llama.model.attention import plan
+from llama.model.flash_attention import FlashAttention
 from llama.model.kv_cache import KVCache
 from llama.model.step import Step
 
@@ -61,8 +62,8 @@ def test_one_call_computes_what_one_call_a_span_does(
     assert step.decodes == all(n == 1 for *_, n in spans)
     queries = torch.randn(len(step.tokens), kv_heads * group, head_dim, generator=g).to(dtype)
     made = plan(step, cache)
-    assert made.packed and not made.spans and not made.singles
-    out = attention(queries, cache, 1, made)
+    assert isinstance(made, FlashAttention)
+    out = made(queries, cache.keys[1], cache.values[1])
     for span in step.spans:
         expected = naive(queries[span.rows].float(), *full[span.slot].float(), span.start)
         assert torch.allclose(out[span.rows].float(), expected, atol=1e-5 if dtype == torch.float32 else 0.02)
@@ -74,10 +75,10 @@ def test_a_decode_step_is_planned_on_the_device(flash_kernel: None) -> None:
     step = Step.pack([(3, 5, [1]), (0, 2, [1])], [0, 1], CPU)
     bare = Step(step.tokens, step.slots, step.positions, step.logit_rows, (), decodes=True)
     for given_step in (step, bare):
-        packed = flash_attention.pack(given_step, cache)
-        assert packed.queries.tolist() == [0, 1, 2] and packed.keys.tolist()[:2] == [60, 0]
-        assert packed.lengths.tolist() == [6, 3]
-        assert (packed.most_queries, packed.most_keys) == (1, cache.max_seq_len)
+        made = flash_attention.plan_flash(given_step, cache)
+        assert made.query_starts.tolist() == [0, 1, 2] and made.key_starts.tolist()[:2] == [60, 0]
+        assert made.lengths.tolist() == [6, 3]
+        assert (made.most_queries, made.most_keys) == (1, cache.max_seq_len)
 
 
 def test_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,12 +90,12 @@ def test_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     capability = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
-    assert flash_attention.can_run(Keys()) and flash_attention.can_run(Keys(torch.float16, 256))
+    assert flash_attention.flash_kernel_reads(Keys()) and flash_attention.flash_kernel_reads(Keys(torch.float16, 256))
     for keys in (Keys(torch.float32), Keys(torch.float8_e4m3fn), Keys(head_dim=260), Keys(head_dim=20)):
-        assert not flash_attention.can_run(keys)
+        assert not flash_attention.flash_kernel_reads(keys)
     capability[0] = (7, 5)
-    assert not flash_attention.can_run(Keys())
-    assert not flash_attention.can_run(torch.empty(2, 1, 8, 128, dtype=torch.bfloat16))
+    assert not flash_attention.flash_kernel_reads(Keys())
+    assert not flash_attention.flash_kernel_reads(torch.empty(2, 1, 8, 128, dtype=torch.bfloat16))
 
 
 @pytest.mark.cuda
@@ -111,8 +112,8 @@ def test_the_kernel_itself_agrees_with_plain_arithmetic(group: int, lone: bool) 
         write(cache, rows, full[slot].to(device))
     step = Step.pack([(slot, start, [5] * n) for slot, start, n in spans], range(sum(n for *_, n in spans)), device)
     queries = torch.randn(len(step.tokens), kv_heads * group, head_dim).bfloat16()
-    assert lone or plan(step, cache).packed
-    out = attention(queries.to(device), cache, 1, AttentionPlan([], packed=flash_attention.pack(step, cache))).cpu()
+    assert lone or isinstance(plan(step, cache), FlashAttention)
+    out = flash_attention.plan_flash(step, cache)(queries.to(device), cache.keys[1], cache.values[1]).cpu()
     for span in step.spans:
         expected = naive(queries[span.rows].float(), *full[span.slot].float(), span.start)
         assert torch.allclose(out[span.rows].float(), expected, atol=0.02)

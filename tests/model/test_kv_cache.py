@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from caches import view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import Llama, SamplingParams
 from llama.device import ADA
 from llama.errors import DeviceError, ParameterError
-from llama.kernels.ops import turn_and_store
+from llama.kernels.ops import rope_and_store
 from llama.model.kv_cache import FLOAT8, KVCache, check_kv_dtype
 
 LAYERS, SLOTS, POSITIONS = 2, 3, 6
@@ -54,14 +55,14 @@ def test_any_writes_and_copies_are_those_of_a_dict(actions: list) -> None:
             write(cache, layer, cache.rows(slots, positions), keys, -keys)
             naive |= {(layer, *place): key for place, key in zip(action, written, strict=True)}
     for (layer, slot, position), key in naive.items():
-        keys, values = cache.view(layer, slot, position + 1)
+        keys, values = view(cache, layer, slot, position + 1)
         expected = torch.tensor([[key], [key + 1000 if key else 0.0]])
         assert torch.equal(keys[:, position], expected)
         assert torch.equal(values[:, position], -expected)
 
 
 def test_views_share_memory_and_prefixes_copy_exactly() -> None:
-    """`view` is what was written, without a copy; `copy_prefix` copies its range in every layer and nothing else."""
+    """A view is what was written, without a copy; `copy_prefix` copies its range in every layer and nothing else."""
     cache = cache_of(2)
     for tensor in (*cache.keys, *cache.values):
         tensor.copy_(torch.randn(tensor.shape))
@@ -70,7 +71,7 @@ def test_views_share_memory_and_prefixes_copy_exactly() -> None:
     for tensor, old in zip((*cache.keys, *cache.values), before, strict=True):
         old[:, 3, 2:7] = old[:, 1, 2:7]
         assert torch.equal(tensor, old)
-    keys, values = cache.view(1, 3, 5)
+    keys, values = view(cache, 1, 3, 5)
     assert keys.shape == values.shape == (2, 5, 8)
     assert keys.data_ptr() == cache.keys[1][:, 3].data_ptr()
 
@@ -97,10 +98,10 @@ def test_float8_holds_a_byte_a_number(dtype: torch.dtype) -> None:
         tensor.fill_(3)
     heads = torch.randn(4, 1 + 2 * 2, 8).to(dtype)
     heads[0, -1, 0], heads[1, -1, 1] = 5000, -5000
-    turns = torch.tensor([1.0, 0.0]).repeat(4, 1, 4, 1)  # by nothing
+    freqs_cis = torch.tensor([1.0, 0.0]).repeat(4, 1, 4, 1)  # rotates by nothing
     rows = cache.rows(torch.full((4,), 2), torch.arange(4))
-    turn_and_store(heads, turns, cache.keys[1], cache.values[1], rows, 1)
-    keys, values = cache.view(1, 2, 5)
+    rope_and_store(heads, freqs_cis, cache.keys[1], cache.values[1], rows, 1)
+    keys, values = view(cache, 1, 2, 5)
     assert keys.dtype == values.dtype == dtype
     expected = heads.transpose(0, 1)
     assert ((keys[:, :4] - expected[1:3]).abs() <= expected[1:3].abs() / 16 + 2**-9).all()
@@ -108,9 +109,9 @@ def test_float8_holds_a_byte_a_number(dtype: torch.dtype) -> None:
         (values[:, :4] - expected[3:].clamp(-448, 448)).abs() <= expected[3:].clamp(-448, 448).abs() / 16 + 2**-9
     ).all()
     assert values[1, 0, 0] == 448 and values[1, 1, 1] == -448
-    assert (keys[:, 4] == 3).all() and (cache.view(0, 2, 10)[0] == 3).all()
+    assert (keys[:, 4] == 3).all() and (view(cache, 0, 2, 10)[0] == 3).all()
     cache.copy_prefix(2, 0, 4)
-    assert all(a.equal(b[:, :4]) for a, b in zip(cache.view(1, 0, 4), (keys, values), strict=True))
+    assert all(a.equal(b[:, :4]) for a, b in zip(view(cache, 1, 0, 4), (keys, values), strict=True))
 
 
 def test_a_model_with_a_float8_cache_says_nearly_the_same(build: Callable[..., Llama]) -> None:

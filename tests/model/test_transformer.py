@@ -16,9 +16,10 @@ from llama import ModelArgs, Transformer
 from llama.checkpoint.layout import sources
 from llama.checkpoint.loader import load
 from llama.checkpoint.source import open_source
-from llama.kernels.ops import rotate
+from llama.kernels.ops import apply_rope
+from llama.model.forward import precompute_freqs_cis
 from llama.model.step import Step
-from llama.model.transformer import RMSNorm, rope_table
+from llama.model.transformer import RMSNorm
 from llama.options import RunOptions
 from llama.parallel import initialize
 
@@ -182,18 +183,18 @@ def test_half_precision_is_close_to_float32(tmp_path: Path, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("theta", [10000.0, 1e6])
-def test_rope_turns_neighbouring_pairs(theta: float) -> None:
-    """Places 2i and 2i + 1 of a head turn together, as a complex number; not the two halves of the head."""
+def test_rope_rotates_neighbouring_pairs(theta: float) -> None:
+    """Places 2i and 2i + 1 of a head rotate together, as a complex number; not the two halves of the head."""
     x = torch.randn(P, 3, 16, generator=torch.Generator().manual_seed(0))
-    turns = rope_table(16, P, theta, CPU)
-    torch.testing.assert_close(rotate(x, turns[:, None]), rope(x, theta), atol=1e-5, rtol=0)
+    freqs_cis = precompute_freqs_cis(16, P, theta, CPU)
+    torch.testing.assert_close(apply_rope(x, freqs_cis[:, None]), rope(x, theta), atol=1e-5, rtol=0)
 
 
 def test_rms_norm_is_computed_in_float32() -> None:
     """The square of 300 overflows float16; the norm of a row of 300s is 1."""
     norm = RMSNorm(8, 1e-5)
     norm.weight = torch.nn.Parameter(torch.ones(8, dtype=torch.float16), requires_grad=False)
-    _, out = norm(torch.full((2, 8), 300.0, dtype=torch.float16))
+    out, _ = norm(torch.full((2, 8), 300.0, dtype=torch.float16))
     assert out.dtype == torch.float16
     torch.testing.assert_close(out, torch.ones(2, 8, dtype=torch.float16))
 
@@ -201,7 +202,7 @@ def test_rms_norm_is_computed_in_float32() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_callers_default_dtype_changes_nothing(model: Transformer, dtype: torch.dtype) -> None:
     def every_logit() -> Tensor:
-        model.rope = None  # so that the table is made anew
+        model.prepared.freqs_cis = None  # so that the table is made anew
         return torch.cat(list(run(model, SCHEDULES["decoding beside prefill"]).values()))
 
     expected, before = every_logit(), torch.get_default_dtype()

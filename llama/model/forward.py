@@ -1,0 +1,92 @@
+"""`forward`: a step of a model, by the fastest way that there is for it on its device.
+
+Small decode steps have a fused way, which is all of a step in one call on a CPU, and few kernels on CUDA. Any step can
+go layer by layer. What these ways need beside the weights is made at a model's first steps and kept.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llama.kernels.decode_step import DecodeStep, can_fuse_on_cpu
+from llama.kernels.dispatch import gpu_step
+from llama.model.args import ModelArgs
+from llama.model.attention import AttentionPlan, plan
+from llama.model.kv_cache import KVCache
+from llama.model.step import Step
+from llama.parallel import model_parallel_size, with_peers
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What `forward` keeps between a model's steps."""
+
+    freqs_cis: Tensor | None = None  # see `precompute_freqs_cis`
+    decode_step: DecodeStep | None = None
+    compiled: bool = False  # torch.compile has the layers (see compiled.py): then no step is fused
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What every layer of one step needs beside its input: made once a step."""
+
+    cache: KVCache
+    rows: Tensor  # (N,) token rows of the cache to write to
+    freqs_cis: Tensor  # (N, 1, D/2, 2) float32, those of the tokens' positions
+    attend: AttentionPlan
+
+
+class Model(Protocol):
+    """What `forward` needs of a `Transformer`."""
+
+    params: ModelArgs
+    prepared: Prepared
+
+    @property
+    def device(self) -> torch.device: ...
+    def layer_by_layer(self, step: Step, inputs: LayerInputs) -> Tensor: ...
+
+
+@torch.inference_mode()
+@with_peers
+def forward(model: Model, step: Step, cache: KVCache) -> Tensor:
+    """Write the step's keys and values into the cache; return the logits (R, vocab) in float32."""
+    freqs_cis = _freqs_cis(model, cache)
+    if step.decodes and model_parallel_size() == 1 and not model.prepared.compiled:
+        if can_fuse_on_cpu(len(step.spans), model, cache):
+            longest = max(span.length for span in step.spans)
+            return _decode_step(model, freqs_cis, cache).run(step.tokens, step.slots, step.positions, longest)
+        if run := gpu_step(len(step.tokens), model, cache):
+            return run(model, freqs_cis, step, cache)
+    own = freqs_cis[step.positions][:, None]
+    inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), own, plan(step, cache))
+    return model.layer_by_layer(step, inputs)
+
+
+def precompute_freqs_cis(head_dim: int, positions: int, theta: float, device: torch.device) -> Tensor:
+    """Unit complex numbers, as (positions, D/2, 2) float32, for interleaved RoPE (https://arxiv.org/abs/2104.09864).
+
+    Pair i of a head, read as a complex number, is rotated by position · theta^(−2i/D).
+    """
+    freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    angles = torch.outer(torch.arange(positions).float(), freqs)
+    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).to(device)
+
+
+def _freqs_cis(model: Model, cache: KVCache) -> Tensor:
+    """The model's table, made anew only where a cache is longer than it: captured graphs read it where it is."""
+    table = model.prepared.freqs_cis
+    if table is None or table.shape[0] < cache.max_seq_len:
+        args = model.params
+        table = precompute_freqs_cis(args.head_dim, cache.max_seq_len, args.rope_theta, model.device)
+        model.prepared.freqs_cis = table
+    return table
+
+
+def _decode_step(model: Model, freqs_cis: Tensor, cache: KVCache) -> DecodeStep:
+    step = model.prepared.decode_step
+    if step is None or not step.is_of(freqs_cis, cache):
+        step = model.prepared.decode_step = DecodeStep(model, freqs_cis, cache)
+    return step
