@@ -49,7 +49,7 @@ class Ours:
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         from llama import SamplingParams
 
-        self.llama.engine.forget()
+        self.llama.engine.clear_prefix_cache()
         params = SamplingParams(temperature=0, max_gen_len=new_tokens, min_gen_len=new_tokens)
         self.llama.generate(prompts, params=params)
 

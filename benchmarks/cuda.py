@@ -305,7 +305,7 @@ def measure_prefill(model: Transformer, prompt: int) -> float:
     engine = Engine(model, 1, prompt + 1, memory.STEP_TOKENS)
 
     def first_token() -> None:
-        engine.forget()
+        engine.clear_prefix_cache()
         run(engine, [(random_prompt(prompt, 0), 1, 0)])
 
     return seconds(model.device, first_token, 5)
@@ -329,7 +329,7 @@ def measure_requests(model: Transformer, sizes: Sizes) -> float:
     wanted = wanted_requests(sizes)
     engine = Engine(model, sizes.slots, 2 * sizes.lengths[1], memory.STEP_TOKENS)
     run(engine, [(prompt, min(new, 40), t) for prompt, new, t in wanted[: sizes.slots]])  # compiled and captured once
-    engine.forget()
+    engine.clear_prefix_cache()
     wait(model.device)
     begun = time.perf_counter()
     run(engine, wanted)

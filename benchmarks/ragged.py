@@ -59,8 +59,8 @@ def run_greedy(engine: Engine, prompts: list[list[int]], new_tokens: Sequence[in
     for prompt, n in zip(prompts, new_tokens, strict=True):
         requests.append(Request(prompt, SamplingParams(temperature=0, max_gen_len=n), 0, frozenset()))
         engine.add(requests[-1])
-    for _ in engine:
-        pass
+    while not engine.idle:
+        engine.step()
     return [request.tokens for request in requests]
 
 

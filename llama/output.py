@@ -1,13 +1,11 @@
-"""`Output`: the text of one request while it is made, and the dicts that callers get of it."""
+"""`Output`: the text of one request while it is generated, and what callers get of it beside the text."""
 
 import math
 from queue import SimpleQueue
-from typing import Any
 
-from llama.chat import REFUSAL
-from llama.engine.engine import Engine, completion
+from llama.engine.engine import Engine
 from llama.predictions import Result, Score, TopLogprob
-from llama.request import Request, SamplingParams
+from llama.request import Request
 from llama.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -87,7 +85,8 @@ class Output:
 
     def result(self) -> Result:
         """All of a prediction but its text."""
-        done, params = completion(self.request), self.request.params
+        request, params = self.request, self.request.params
+        assert request.finish_reason and request.finished is not None  # it has ended
         result: Result = {}
         if params.logprobs or params.top_logprobs:
             result["token_ids"], pieces = self.kept()
@@ -96,14 +95,15 @@ class Output:
                 result["logprobs"] = self.logprobs()[: len(pieces)]
             if params.top_logprobs:
                 result["top_logprobs"] = self.top_logprobs()[: len(pieces)]
+        begun = request.first_token
         return {
             **result,
-            "finish_reason": done.finish_reason,
-            "seed": done.seed,
-            "prompt_tokens": done.prompt_tokens,
-            "completion_tokens": done.completion_tokens,
-            "time_to_first_token": done.time_to_first_token,
-            "time": done.time,
+            "finish_reason": request.finish_reason,
+            "seed": request.seed,
+            "prompt_tokens": len(request.prompt),
+            "completion_tokens": len(request.tokens),
+            "time_to_first_token": None if begun is None else begun - request.added,
+            "time": request.finished - request.added,
         }
 
     def score(self) -> Score:
@@ -121,17 +121,6 @@ class Output:
 
 
 News = tuple[Output, bool]  # one that has changed, and whether it has ended
-
-
-def refused(params: SamplingParams) -> dict[str, Any]:
-    """The prediction for a dialog that was not run."""
-    prediction: dict[str, Any] = {"generation": {"role": "assistant", "content": REFUSAL}}
-    if params.logprobs:
-        prediction |= {"tokens": [], "token_ids": [], "logprobs": []}
-    return prediction | {
-        "finish_reason": "refused", "seed": params.seed, "prompt_tokens": 0, "completion_tokens": 0,
-        "time_to_first_token": None, "time": 0.0,
-    }  # fmt: skip
 
 
 def _named(top: dict[int, float], tokenizer: Tokenizer) -> list[TopLogprob]:

@@ -145,11 +145,6 @@ def _join_process_group(device: torch.device) -> None:
     dist.init_process_group("solo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def agree(number: int, device: torch.device) -> int:
-    """Rank 0's number, on every rank; `device` is the one that this rank's collectives use."""
-    return broadcast(number, device)
-
-
 @with_peers
 def broadcast(value: Any, device: torch.device, group: dist.ProcessGroup | None = None) -> Any:
     """The value that the first rank of `group` (None: of all) has, on every rank of it."""

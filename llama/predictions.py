@@ -20,7 +20,7 @@ class Result(TypedDict, total=False):
     logprobs: list[float]
     top_logprobs: list[list[TopLogprob]]
     finish_reason: FinishReason
-    seed: int
+    seed: int | None  # None: of a refused dialog, where none was given
     prompt_tokens: int
     completion_tokens: int
     time_to_first_token: float | None  # seconds since the request was added

@@ -1,4 +1,4 @@
-"""What is asked for (`SamplingParams`, `Request`) and what comes back (`Completion`)."""
+"""What is asked for: `SamplingParams` by a caller, a `Request` of the engine."""
 
 import hashlib
 import math
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
-from llama.errors import ParameterError
+from llama.errors import LlamaError, ParameterError
 
 FinishReason = Literal["stop", "length", "refused", "cancelled", "error"]
 _MAX_SEED = 2**64 - 1
@@ -151,6 +151,20 @@ class MoreSampling(TypedDict, total=False):
     top_logprobs: int | None
 
 
+class LeftOut(float):
+    """The default of a keyword: it equals its value and reads like it, but no value that a caller gives is one."""
+
+    def __init__(self, value: float) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        return repr(self._value)
+
+
+TEMPERATURE, TOP_P, LOGPROBS = LeftOut(0.6), LeftOut(0.9), LeftOut(False)  # Meta's; `SamplingParams` has the same
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One prompt on its way through the engine: its progress is written here by the engine alone.
@@ -170,25 +184,10 @@ class Request:
     scores: list[float | None] = field(default_factory=list)  # one a prompt token, where asked
     top_scores: list[dict[int, float] | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    error: Exception | None = None
+    error: LlamaError | None = None
     added: float = 0.0  # clock times, in seconds
     first_token: float | None = None
     finished: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What a finished request gave. Times are in seconds from the moment it was added."""
-
-    request: Request
-    tokens: list[int]
-    logprobs: list[float] | None
-    finish_reason: FinishReason
-    seed: int
-    prompt_tokens: int
-    completion_tokens: int
-    time_to_first_token: float | None
-    time: float
 
 
 def derive_seed(seed: int, counter: int) -> int:
@@ -197,9 +196,24 @@ def derive_seed(seed: int, counter: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def params_for(count: int, params: Params, keywords: Mapping[str, object]) -> list[SamplingParams]:
+    """One SamplingParams for each of `count` prompts, from `params=` or from the keywords that were not left out."""
+    given: dict[str, Any] = {
+        name: value for name, value in keywords.items() if value is not None and not isinstance(value, LeftOut)
+    }
+    if params is None:
+        return [SamplingParams(**given)] * count
+    if given:
+        raise ParameterError("params= and sampling keywords were both given: put them all into params")
+    listed = [params] * count if isinstance(params, SamplingParams) else list(params)
+    if len(listed) != count or not all(isinstance(one, SamplingParams) for one in listed):
+        raise ParameterError(f"params= has {len(listed)} entries for {count} prompts: give one SamplingParams for each")
+    return listed
+
+
 def default_of(own: Field[Any]) -> Any:
     """The default of a field of `SamplingParams`."""
-    return own.default_factory() if own.default is MISSING else own.default  # type: ignore[misc]
+    return own.default if own.default_factory is MISSING else own.default_factory()
 
 
 def plain(value: Any) -> Any:

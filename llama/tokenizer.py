@@ -57,12 +57,13 @@ class Tokenizer:
             s.encode()
         except UnicodeEncodeError:
             raise PromptError("the text holds half a surrogate pair, which has no UTF-8 form: remove it") from None
-        tokens = self.sp_model.encode(s)
+        tokens: list[int] = self.sp_model.encode(s)
         return [self.bos_id] * bos + tokens + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int]) -> str:
         """The text of tokens; control tokens (begin, end) have none."""
-        return self.sp_model.decode(list(t))
+        text: str = self.sp_model.decode(list(t))
+        return text
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """One string a token, whose concatenation is exactly `decode(tokens)`.
@@ -104,8 +105,8 @@ class Tokenizer:
         if model.is_control(token):
             return ""
         if model.is_unknown(token):
-            return model.decode([token])
-        piece = model.id_to_piece(token)
+            return self.decode([token])
+        piece: str = model.id_to_piece(token)
         return int(piece[3:-1], 16) if model.is_byte(token) else piece
 
 

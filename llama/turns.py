@@ -123,8 +123,9 @@ class Call:
             self._turns.check()
             self._turns.do(self._add)
         while self._left and not self.closed and (news := self._turns.next(self)):
-            output, output.ended = news
-            self._left -= output.ended
+            output, ended = news
+            output.ended = ended
+            self._left -= ended
             yield output
 
     def close(self) -> None:

@@ -334,6 +334,17 @@ def test_params_one_or_one_each(demo: Llama) -> None:
         demo.text_completion([STORY], topk=5)
 
 
+@pytest.mark.parametrize(
+    "given", [{"temperature": 0.6}, {"top_p": 0.9}, {"logprobs": False}, {"max_gen_len": 5}], ids=str
+)
+def test_a_default_that_is_given_beside_params_is_refused_as_any_value(demo: Llama, given: dict) -> None:
+    params = SamplingParams(max_gen_len=1)
+    with pytest.raises(ParameterError, match="both given"):
+        demo.text_completion([STORY], params=params, **given)
+    with pytest.raises(ParameterError, match="both given"):
+        demo.generate([[1]], params=params, **given)
+
+
 def test_none_means_left_out(demo: Llama) -> None:
     """Of every keyword, beside `params=` too."""
     text = demo.text_completion(["Once"], seed=3, max_gen_len=5)[0]["generation"]

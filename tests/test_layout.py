@@ -14,7 +14,7 @@ FLOORS = (
     ("cli",),
     ("batch",),
     ("generation",),
-    ("loading", "turns"),
+    ("loading", "turns", "jobs"),
     ("output", "checkpoint"),
     ("engine", "predictions"),
     ("model",),

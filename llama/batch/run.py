@@ -205,7 +205,7 @@ def _run_block(llama: "Llama", lines: list[Line]) -> Iterator[tuple[Line, Any]]:
     for line in lines:
         if line.error is not None:
             yield line, None
-    llama.turns.do(llama.engine.forget)
+    llama.turns.do(llama.engine.clear_prefix_cache)
     for index, result in llama.run_each([line.prompt for line in good], [line.params for line in good]):
         yield good[index], result
 

@@ -15,12 +15,12 @@ from llama.engine.beam_search import beam_search
 from llama.engine.decode_loop import DecodeLoop, Row, Tokens, can_loop
 from llama.engine.sampling import adjust, no_token, noise_key, sample, top_logprobs, uniform
 from llama.engine.scheduler import Chunk, Scheduler, Sequence
-from llama.errors import NumericalError, ParameterError, PromptError
+from llama.errors import LlamaError, NumericalError, ParameterError, PromptError
 from llama.interrupts import let_through
 from llama.kernels.sample import greedy
 from llama.model.step import Step
 from llama.model.transformer import Transformer
-from llama.request import Completion, FinishReason, Request
+from llama.request import FinishReason, Request
 
 Observer = Callable[[Request], None]  # called after each token of a request, and when it ends
 
@@ -103,7 +103,7 @@ class Engine:
         if listed and max(listed) >= vocab:
             raise ParameterError(f"{name}: token {max(listed)} in its parameters; expected ids from 0 to {vocab - 1}")
 
-    def finish(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
+    def finish(self, request: Request, reason: FinishReason, error: LlamaError | None = None) -> None:
         """End a request now and free its slot; one that has ended already stays as it is."""
         if request in self._sequences:
             self.scheduler.remove(self._sequences.pop(request))
@@ -119,18 +119,11 @@ class Engine:
         if observer := self._observers.pop(request, None):
             observer(request)
 
-    def forget(self) -> None:
+    def clear_prefix_cache(self) -> None:
         """Forget the prefixes that the slots hold, unless in use: what runs next is computed as in a new engine."""
         if self.idle:
             self._ahead = None
             self.scheduler = Scheduler(self.scheduler.slots, self.scheduler.max_step_tokens)
-
-    def __iter__(self) -> Iterator[Completion]:
-        """Run until nothing is left, yielding each completion when it is finished."""
-        while not self.idle:
-            for request in self.step():
-                if request.finish_reason:
-                    yield completion(request)
 
     def step(self) -> list[Request]:
         """Compute one packed step; return the requests that got a token or ended."""
@@ -367,20 +360,4 @@ def _not_finite(request: Request) -> str:
     return (
         f"the model gave NaN or infinite logits for {request.name}: the weights are damaged (verify them against their"
         " checklist), or overflow in this dtype (try float32)"
-    )
-
-
-def completion(request: Request) -> Completion:
-    """The result of a request that has ended."""
-    assert request.finish_reason and request.finished is not None
-    return Completion(
-        request=request,
-        tokens=request.tokens,
-        logprobs=request.logprobs if request.params.logprobs else None,
-        finish_reason=request.finish_reason,
-        seed=request.seed,
-        prompt_tokens=len(request.prompt),
-        completion_tokens=len(request.tokens),
-        time_to_first_token=None if request.first_token is None else request.first_token - request.added,
-        time=request.finished - request.added,
     )

@@ -303,7 +303,7 @@ def test_requests_that_are_cancelled_or_come_while_a_step_is_ahead(
         engine.step()
     found = [request.tokens for request in requests]
     assert_agree(found, [expected[0][:seen], *expected[1:]], prompts, logits_of(plain))
-    engine.forget()
+    engine.clear_prefix_cache()
     assert engine._ahead is None and is_clean(engine)
 
 
@@ -419,7 +419,7 @@ def test_graphs_outlive_other_loops(build: Callable[..., Llama], small: dict, ca
     prompts, params = prompts_of([4], small["vocab_size"]), SamplingParams(temperature=0, max_gen_len=40)
 
     def answer(llama: Llama) -> list[list[int]]:
-        llama.engine.forget()
+        llama.engine.clear_prefix_cache()
         return llama.generate(prompts, params=params)[0]
 
     first, other = build(device="cuda", dtype="bfloat16"), build(device="cuda", dtype="bfloat16")

@@ -123,18 +123,26 @@ def test_n_samples_share_the_prefill(build: Callable[..., Llama], small: dict) -
     assert llama.engine.computed_tokens <= 80 + 4 + 5 * 5
 
 
-def test_engine_iterates_over_completions(build: Callable[..., Llama], small: dict) -> None:
-    """The engine itself: add requests, iterate over completions as they end."""
+def finished(engine: Engine) -> list[Request]:
+    """Run an engine until nothing is left; the requests in the order in which they ended."""
+    ended: list[Request] = []
+    while not engine.idle:
+        ended += [one for one in engine.step() if one.finish_reason]
+    return ended
+
+
+def test_the_engine_alone_ends_requests_as_their_limits_say(build: Callable[..., Llama], small: dict) -> None:
+    """Add requests, step until nothing is left: each ends when it is done, with its counts and times."""
     engine = build(max_batch_size=2).engine
     made = [request(prompt, max_gen_len=n, min_gen_len=n) for prompt, n in
             zip(prompts_of([4, 4, 4], small["vocab_size"]), (5, 1, 2), strict=True)]  # fmt: skip
     for one in made:
         engine.add(one)
-    done = list(engine)
-    assert [c.request for c in done] == [made[1], made[2], made[0]]
-    assert [c.completion_tokens for c in done] == [1, 2, 5]
-    assert all(c.finish_reason == "length" and c.prompt_tokens == 4 for c in done)
-    assert all(0 < c.time_to_first_token <= c.time for c in done)
+    done = finished(engine)
+    assert done == [made[1], made[2], made[0]]
+    assert [len(one.tokens) for one in done] == [1, 2, 5]
+    assert all(one.finish_reason == "length" and len(one.prompt) == 4 for one in done)
+    assert all(one.added < one.first_token <= one.finished for one in done)
 
 
 def test_what_never_fits_is_refused_and_the_others_run(build: Callable[..., Llama], small: dict) -> None:
@@ -150,7 +158,7 @@ def test_what_never_fits_is_refused_and_the_others_run(build: Callable[..., Llam
         engine.add(request([1, 99999]))
     with pytest.raises(ParameterError, match="token 99999"):
         engine.add(request([1], logit_bias={99999: 1.0}))
-    assert [c.request for c in engine] == [good]
+    assert finished(engine) == [good]
     assert is_clean(engine)
 
 
@@ -193,10 +201,10 @@ def test_no_slot_leaks_and_every_row_is_the_references(
         elif action == "reject":
             with pytest.raises(PromptError):
                 engine.add(request([1] * 200))
-    done += [(completion.request, live.pop(completion.request)) for completion in engine]
+    done += [(one, live.pop(one)) for one in finished(engine)]
     assert not live
     assert is_clean(engine)
-    expected = [answers[index][: finished.params.max_gen_len] for finished, index in done]
+    expected = [answers[index][: one.params.max_gen_len] for one, index in done]
     assert_agree([r.tokens for r, _ in done], expected, [r.prompt for r, _ in done], logits)
 
 
@@ -224,7 +232,7 @@ def test_interrupted_scores_are_whole(
     prompt = prompts_of([41], small["vocab_size"])[0]
     expected = Request(prompt, SamplingParams(max_gen_len=0, top_logprobs=2), 0, frozenset(), prompt_logprobs=True)
     engine.add(expected)
-    list(engine)
+    finished(engine)
     real, calls = module._score, []
 
     def flaky(*args: object) -> None:
@@ -316,7 +324,7 @@ def test_a_program_is_reproducible_and_its_calls_differ(build: Callable[..., Lla
         llama = build(seed=seed)
         runs.append([])
         for _ in range(2):
-            llama.engine.forget()  # so that both prefill alike, as `again` does
+            llama.engine.clear_prefix_cache()  # so that both prefill alike, as `again` does
             runs[-1] += llama.text_completion(["a"], temperature=50.0, max_gen_len=8)
     texts = [[result["generation"] for result in run] for run in runs]
     assert texts[0] == texts[1] != texts[2]
