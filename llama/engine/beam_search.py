@@ -50,12 +50,13 @@ def beam_search(
     params = request.params
     room = cache.max_seq_len - len(request.prompt)
     most = room if params.max_gen_len is None else min(room, params.max_gen_len)
-    logits = None
+    logits: Tensor  # of the last pass: a prompt has a token at least
     for start in range(0, len(request.prompt), max_step_tokens):
         chunk = request.prompt[start : start + max_step_tokens]
         logits = model(Step.pack([(slots[0], start, chunk)], [len(chunk) - 1], model.device), cache)
         yield len(chunk)
-    beams, endings = [Beam(slot=slots[0])], []
+    beams: list[Beam] = [Beam(slot=slots[0])]
+    endings: list[Ending] = []
     while len(beams[0].tokens) < most:
         candidates = _continuations(beams, request, logits)
         endings = _endings(candidates, endings, request, most)

@@ -59,11 +59,12 @@ def can_loop(model: Transformer, cache: KVCache) -> bool:
 
 
 def graph_capture() -> Callable[[Work], Work]:
-    """A function that records what a work does on the device, without doing it, as a CUDA graph that does it.
+    """Return a function that captures a step as a CUDA graph: it records the kernels without running them.
 
-    Its graphs share their memory: no two run at once, and what they give is copied out of it. Other loops' graphs share
-    neither that nor the stream: PyTorch takes no graph into memory whose graphs are all gone, and with any graph of a
-    stream it frees the cuBLAS workspace of the others (https://github.com/pytorch/pytorch/issues/193402).
+    Calling the captured step replays the graph. All graphs of one loop share one memory pool. That is safe because no
+    two of them run at once, and results are copied out of the pool. Each loop has a pool and a stream of its own:
+    PyTorch refuses a pool whose graphs are all gone, and when it frees a graph it also frees the cuBLAS workspace of
+    all graphs of that stream (https://github.com/pytorch/pytorch/issues/193402).
     """
     graphs: list[torch.cuda.CUDAGraph] = []
     own_stream = functools.cache(torch.cuda.Stream)
@@ -80,7 +81,7 @@ def graph_capture() -> Callable[[Work], Work]:
 
 
 def as_it_is(work: Work) -> Work:
-    """Instead of a capture: what is to be repeated is done anew."""
+    """Stands for a capture where there are no CUDA graphs: each step runs its kernels again."""
     return work
 
 
@@ -100,12 +101,12 @@ class DecodeLoop:
         self._ints = torch.zeros((5, rows), dtype=torch.int64, device=device)  # Row's; source: see `_step`
         self._floats = torch.zeros((4, rows), dtype=torch.float32, device=device)  # as `sample` takes them
         self._chosen = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._every = torch.arange(rows, device=device)
+        self._row_numbers = torch.arange(rows, device=device)
         self._capture = capture or graph_capture()
         self._logits: Tensor | None = None  # made where the host asks for them
         self._steps: dict[Kind, Work] = {}  # those captured
         self._uses: dict[Kind, int] = {}
-        self._held: list[Tensor | None] = []
+        self._captured_ropes: list[Tensor | None] = []
         self._rows, self._choice, self._launches = 0, Choice.BEST, 0
         # What is on its way from or to the device must stay as it is, so two of each take turns.
         pinned = device.type == "cuda"
@@ -164,7 +165,7 @@ class DecodeLoop:
 
         if uses <= WORTH_CAPTURE:
             return work
-        self._held.append(self.model.prepared.freqs_cis)  # what is captured reads it where it is
+        self._captured_ropes.append(self.model.prepared.freqs_cis)  # what is captured reads it where it is
         try:
             self._steps[kind] = self._capture(work)
         except RuntimeError as error:
@@ -174,11 +175,12 @@ class DecodeLoop:
         return self._steps[kind]
 
     def _step(self, size: int, choice: Choice) -> None:
-        """From the buffers, to the buffers: nothing here may depend on a number that only the device knows."""
+        """Compute a step from the buffers into the buffers. The host reads no tensor here, as a CUDA graph cannot."""
         tokens, slots, positions, top_k, source = self._ints[:, :size]
-        step = Step(tokens, slots, positions, self._every[:size], (), decodes=True)
+        step = Step(tokens, slots, positions, self._row_numbers[:size], (), decodes=True)
         logits = self.model(step, self.cache)
         if choice is Choice.HOSTS:
+            assert self._logits is not None  # `logits` made it
             self._logits[:size] = logits
             return
         drawn = choice is Choice.DRAWN
@@ -192,7 +194,7 @@ class DecodeLoop:
         host.copy_(self._chosen[: self._rows], non_blocking=True)
         if self._chosen.device.type != "cuda":
             return host.tolist
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch gives its class no types
         arrived.record()
 
         def tokens() -> list[int]:

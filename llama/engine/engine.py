@@ -12,10 +12,11 @@ from torch import Tensor
 
 from llama import parallel
 from llama.engine.beam_search import beam_search
+from llama.engine.checks import check_request
 from llama.engine.decode_loop import DecodeLoop, Row, Tokens, can_loop
 from llama.engine.sampling import adjust, no_token, noise_key, sample, top_logprobs, uniform
 from llama.engine.scheduler import Chunk, Scheduler, Sequence
-from llama.errors import LlamaError, NumericalError, ParameterError, PromptError
+from llama.errors import LlamaError, NumericalError, ParameterError
 from llama.interrupts import let_through
 from llama.kernels.sample import greedy
 from llama.model.step import Step
@@ -29,6 +30,7 @@ Observer = Callable[[Request], None]  # called after each token of a request, an
 class Ahead:
     """A decode step that was launched and not read yet, and whose it is."""
 
+    loop: DecodeLoop
     sequences: list[Sequence]
     tokens: Tokens
 
@@ -78,30 +80,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise PromptError or ParameterError where a request can never run here."""
-        length, name, vocab = len(request.prompt), request.name, self.model.params.vocab_size
-        if not length:
-            raise PromptError(f"{name} has no tokens: begin it with the tokenizer's bos_id")
-        if set(map(type, request.prompt)) != {int} or min(request.prompt) < 0 or max(request.prompt) >= vocab:
-            wrong = next(t for t in request.prompt if type(t) is not int or not 0 <= t < vocab)
-            raise PromptError(f"{name} has token {wrong!r}: expected ids from 0 to {vocab - 1}")
-        makes_none = request.params.max_gen_len == 0
-        if length + (not makes_none) > self.max_seq_len:
-            found = "more than" if makes_none else "which leaves no room to generate within"
-            raise PromptError(
-                f"{name} has {length} tokens, {found} max_seq_len={self.max_seq_len}: shorten it, or build with a"
-                " larger max_seq_len"
-            )
-        params = request.params
-        if params.num_beams > self.scheduler.slots:
-            raise ParameterError(
-                f"num_beams={params.num_beams} is more than max_batch_size={self.scheduler.slots}: lower it, or build"
-                " with a larger max_batch_size"
-            )
-        if params.num_beams > 1 and request.prompt_logprobs:
-            raise ParameterError(f"{name}: num_beams={params.num_beams} with echo and logprobs: score the prompt apart")
-        listed = {*params.logit_bias, *params.stop_token_ids, *(t for word in params.bad_words for t in word)}
-        if listed and max(listed) >= vocab:
-            raise ParameterError(f"{name}: token {max(listed)} in its parameters; expected ids from 0 to {vocab - 1}")
+        check_request(request, self.model.params.vocab_size, self.max_seq_len, self.scheduler.slots)
 
     def finish(self, request: Request, reason: FinishReason, error: LlamaError | None = None) -> None:
         """End a request now and free its slot; one that has ended already stays as it is."""
@@ -134,7 +113,7 @@ class Engine:
 
     def _step(self) -> list[Request]:
         if self._ahead:
-            return self._land()
+            return self._collect(self._ahead)
         chunks = self.scheduler.plan(self._searches[0].added if self._searches else math.inf)
         copies = self.scheduler.copies
         while copies:
@@ -142,16 +121,21 @@ class Engine:
             copies.popleft()
         if not chunks:
             return self._step_search() if self._searches else []
-        looped = self.loop and all(chunk.reaches_end and chunk.stop - chunk.start == 1 for chunk in chunks)
-        if looped and len(chunks) == len(self.scheduler.running) and all(map(_decides_on_device, chunks)):
+        decodes = all(chunk.reaches_end and chunk.stop - chunk.start == 1 for chunk in chunks)
+        loop = self.loop if decodes else None
+        if loop and len(chunks) == len(self.scheduler.running) and all(map(_decides_on_device, chunks)):
             with let_through():
-                self.loop.load([_row(chunk) for chunk in chunks])
-                self._ahead = self._launch([chunk.sequence for chunk in chunks], 0)
-            return self._land()
+                loop.load([_row(chunk) for chunk in chunks])
+                self._ahead = self._launch(loop, [chunk.sequence for chunk in chunks], 0)
+            return self._collect(self._ahead)
+        return self._decode_or_prefill(chunks, loop)
+
+    def _decode_or_prefill(self, chunks: list[Chunk], loop: DecodeLoop | None) -> list[Request]:
+        """Compute the logits of chunks, with the loop where there is one, and choose the next tokens from them."""
         wanted = [_wanted_rows(chunk) for chunk in chunks]
         with let_through():
-            if looped:
-                logits = self.loop.logits([_row(chunk) for chunk in chunks])
+            if loop:
+                logits = loop.logits([_row(chunk) for chunk in chunks])
             else:
                 logits = self.model(_pack(chunks, wanted, self.model.device), self.cache)
         self.scheduler.commit(chunks)
@@ -162,23 +146,23 @@ class Engine:
             self.scheduler.rewind(chunks)
             raise
 
-    def _launch(self, sequences: list[Sequence], unread: int) -> Ahead:
+    def _launch(self, loop: DecodeLoop, sequences: list[Sequence], unread: int) -> Ahead:
         """Launch a decode step, while the host lacks the last `unread` tokens of each sequence."""
         noise = [
             uniform(self._noise[s.request], len(s.tokens) + unread) if s.request.params.temperature else 0.0
             for s in sequences
         ]
-        return Ahead(sequences, self.loop.launch(noise))
+        return Ahead(loop, sequences, loop.launch(noise))
 
-    def _land(self) -> list[Request]:
-        """Launch the next step, if it is of the same sequences too; then read the last one and hand its tokens out."""
-        landing, self._ahead = self._ahead, None
+    def _collect(self, launched: Ahead) -> list[Request]:
+        """Launch the next step, if it has the same sequences; then read the launched one and hand its tokens out."""
+        self._ahead = None
         chunks: list[Chunk] = []
         try:
             with let_through():
-                if all(map(self._goes_on, landing.sequences)) and not (self.scheduler.waiting and self.scheduler.free):
-                    self._ahead = self._launch(landing.sequences, 1)
-                tokens = zip(landing.sequences, landing.tokens(), strict=True)
+                if all(map(self._goes_on, launched.sequences)) and not (self.scheduler.waiting and self.scheduler.free):
+                    self._ahead = self._launch(launched.loop, launched.sequences, 1)
+                tokens = zip(launched.sequences, launched.tokens(), strict=True)
             there = [(sequence, token) for sequence, token in tokens if sequence.request in self._sequences]
             chunks = [Chunk(sequence, sequence.cached, sequence.cached + 1) for sequence, _ in there]
             self.scheduler.commit(chunks)
@@ -266,6 +250,7 @@ class Engine:
             self.finish(request, "stop")
             return
         if request.params.logprobs or request.params.top_logprobs:
+            assert logits is not None  # the device chooses no token of such a request
             logprobs = torch.log_softmax(logits, dim=-1)
             tops = top_logprobs(logprobs[None], request.params.top_logprobs) if request.params.top_logprobs else []
             request.logprobs.append(logprobs[token].item())
@@ -284,16 +269,16 @@ class Engine:
 
 
 def _decides_on_device(chunk: Chunk) -> bool:
-    """Whether all that is wanted of a single token's chunk is the next token, of the logits as they are."""
+    """Whether the device can choose the next token: nobody needs the logits, and nothing changes them before."""
     request, params = chunk.sequence.request, chunk.sequence.request.params
-    more = request.prompt_logprobs or params.logprobs or params.top_logprobs or params.max_gen_len == 0
-    return params.plain and not more
+    needs_logits = request.prompt_logprobs or params.logprobs or params.top_logprobs or params.max_gen_len == 0
+    return params.plain and not needs_logits
 
 
 def _row(chunk: Chunk) -> Row:
     sequence, params = chunk.sequence, chunk.sequence.request.params
     return Row(
-        sequence.tokens[-1], sequence.slot, chunk.start, params.temperature, params.top_p, params.top_k, params.min_p
+        sequence.tokens[-1], chunk.slot, chunk.start, params.temperature, params.top_p, params.top_k, params.min_p
     )
 
 
@@ -309,7 +294,7 @@ def _pack(chunks: list[Chunk], wanted: list[range], device: torch.device) -> Ste
     for chunk, positions in zip(chunks, wanted, strict=True):
         rows += [first + position - chunk.start for position in positions]
         first += chunk.stop - chunk.start
-    parts = ((c.sequence.slot, c.start, c.sequence.tokens[c.start : c.stop]) for c in chunks)
+    parts = ((c.slot, c.start, c.sequence.tokens[c.start : c.stop]) for c in chunks)
     return Step.pack(parts, rows, device)
 
 
@@ -334,9 +319,10 @@ def _sample(requests: list[Request], keys: list[bytes], logits: Tensor) -> list[
         (r.params.temperature, r.params.top_p, r.params.min_p, uniform(key, len(r.prompt) + len(r.tokens)))
         for r, key in zip(requests, keys, strict=True)
     ]
-    numbers = torch.tensor(columns, device=logits.device).T
+    draws = torch.tensor(columns, device=logits.device).T
     top_k = torch.tensor([r.params.top_k for r in requests], device=logits.device)
-    return sample(logits, numbers, top_k).tolist()
+    tokens: list[int] = sample(logits, draws, top_k).tolist()
+    return tokens
 
 
 def _score(request: Request, positions: range, logits: Tensor) -> None:

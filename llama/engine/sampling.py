@@ -7,6 +7,7 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ NOISE_BITS = 24  # of a number of noise: as many as float32 has
 WHOLE = 1 << 38  # probability 1 in whole numbers, whose sums are the same in every order; times noise it fits 63 bits
 
 
+class Draws(NamedTuple):
+    """What decides each row's draw beside its logits: views (R,) of one tensor (4, R), which kernels take whole."""
+
+    temperature: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    noise: Tensor
+
+
 def noise_key(seed: int, prompt: Sequence[int]) -> bytes:
     """The key of a request's noise: another one for another seed or another prompt, whoever shares its batch."""
     return hashlib.blake2b(struct.pack(f"<Q{len(prompt)}q", seed, *prompt), digest_size=16).digest()
@@ -31,30 +41,31 @@ def uniform(key: bytes, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 64 - NOISE_BITS) * 2.0**-NOISE_BITS
 
 
-def sample(logits: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
+def sample(logits: Tensor, draws: Tensor, top_k: Tensor) -> Tensor:
     """Draw a token (R,) int64 for each row of logits (R, V).
 
-    `numbers` (4, R) float32 are each row's temperature, top_p, min_p and noise; `top_k` (R,) int64. Temperature 0 takes
-    the largest logit. The filters are those of `SamplingParams`, ties going to the lower token; of the kept tokens, in
-    the order of their ids, the one is taken in which noise · kept mass falls.
+    `draws` (4, R) float32 has the rows of `Draws`; `top_k` is (R,) int64. Temperature 0 takes the largest logit. The
+    filters are those of `SamplingParams`; of equal tokens they keep the lower one. Lay the kept tokens side by side in
+    the order of their ids, each as wide as its probability: the drawn one lies at noise · (width of all).
     """
-    return draw(logits, numbers, top_k) if cpu_library(logits) else sample_all(logits, numbers, top_k)
+    return draw(logits, draws, top_k) if cpu_library(logits) else sample_all(logits, draws, top_k)
 
 
-def sample_all(logits: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
+def sample_all(logits: Tensor, draws: Tensor, top_k: Tensor) -> Tensor:
     """The same without the kernels for a CPU. The host never waits for the device, so a CUDA graph may hold it."""
-    drawn = numbers[0] > 0
-    # Less the largest first: divided by a tiny temperature it would be infinite.
+    temperature = Draws(*draws).temperature
+    drawn = temperature > 0
+    # Subtract the largest logit before dividing: a logit divided by a tiny temperature would be infinite.
     spread = logits - logits.amax(-1, keepdim=True)
-    probs = torch.softmax(spread / torch.where(drawn, numbers[0], 1.0)[:, None], dim=-1)
+    probs = torch.softmax(spread / torch.where(drawn, temperature, 1.0)[:, None], dim=-1)
     gpu = gpu_sampling(logits.device)
-    tokens = gpu.draw(probs, numbers, top_k) if gpu else _draw_sorted(probs, numbers, top_k)
+    tokens = gpu.draw(probs, draws, top_k) if gpu else _draw_sorted(probs, draws, top_k)
     return torch.where(drawn, tokens, logits.argmax(-1))
 
 
-def _draw_sorted(probs: Tensor, numbers: Tensor, top_k: Tensor) -> Tensor:
+def _draw_sorted(probs: Tensor, draws: Tensor, top_k: Tensor) -> Tensor:
     """Draw from what the filters keep of probs (R, V), by PyTorch's operators."""
-    _, top_p, min_p, noise = numbers
+    _, top_p, min_p, noise = Draws(*draws)
     return _draw(torch.where(_kept(probs, top_p, top_k, min_p), probs, 0.0), noise)
 
 
@@ -85,15 +96,20 @@ def _draw(probs: Tensor, noise: Tensor) -> Tensor:
 
 
 def _shares(probs: Tensor) -> Tensor:
-    """Probabilities as integers. A GPU adds a row's numbers in parts, and of a single row in another order each time.
+    """Probabilities as whole numbers, so that their sum is the same in whatever order they are added.
 
-    Rounded, a sum could also grow at a token of probability 0, which might then be drawn.
+    A GPU adds the numbers of a row in an order that may change from run to run. The rounding errors of a float sum
+    would change with it, and so would draws. They could also let a sum grow at a token of probability 0, and draw it.
     """
     return (probs * WHOLE).round().long()
 
 
 def adjust(
-    logits: Tensor, params: SamplingParams, prompt: Sequence[int], made: Sequence[int], stop_tokens: frozenset[int]
+    logits: Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    stop_tokens: frozenset[int],
 ) -> Tensor:
     """One row of logits (V,) after the request's bias, penalties and bans (the order is in `SamplingParams`)."""
     logits = logits.clone()
@@ -104,15 +120,15 @@ def adjust(
     if params.logit_bias:
         logits[at(list(params.logit_bias))] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
     if params.repetition_penalty != 1:
-        seen = at(sorted({*prompt, *made}))
+        seen = at(sorted({*prompt, *completion}))
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if made and (params.presence_penalty or params.frequency_penalty):
-        counts = Counter(made)
+    if completion and (params.presence_penalty or params.frequency_penalty):
+        counts = Counter(completion)
         amount = torch.tensor(list(counts.values()), dtype=torch.float32, device=logits.device)
         logits[at(list(counts))] -= params.presence_penalty + params.frequency_penalty * amount
-    banned = _banned(params.bad_words, prompt, made)
-    if len(made) < params.min_gen_len:
+    banned = _banned(params.bad_words, prompt, completion)
+    if len(completion) < params.min_gen_len:
         banned |= stop_tokens
     if banned:
         logits[at(sorted(banned))] = -torch.inf
@@ -126,10 +142,10 @@ def no_token(request: Request) -> ParameterError:
     )
 
 
-def _banned(bad_words: Sequence[Sequence[int]], prompt: Sequence[int], made: Sequence[int]) -> set[int]:
+def _banned(bad_words: Sequence[Sequence[int]], prompt: Sequence[int], completion: Sequence[int]) -> set[int]:
     """The tokens that would complete a bad word now."""
     reach = max((len(word) - 1 for word in bad_words), default=0)
-    tail = (*prompt[max(0, len(prompt) - reach) :], *made)
+    tail = (*prompt[max(0, len(prompt) - reach) :], *completion)
     return {word[-1] for word in bad_words if len(word) == 1 or tail[-(len(word) - 1) :] == tuple(word[:-1])}
 
 

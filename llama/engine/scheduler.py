@@ -36,6 +36,12 @@ class Chunk:
     stop: int
 
     @property
+    def slot(self) -> int:
+        slot = self.sequence.slot
+        assert slot is not None  # only running sequences have chunks
+        return slot
+
+    @property
     def reaches_end(self) -> bool:
         """Whether the step decides the sequence's next token."""
         return self.stop == len(self.sequence.tokens)
@@ -107,6 +113,7 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             slot, sequence.slot = sequence.slot, None
+            assert slot is not None  # it ran
             # A copy into the slot that is still to be made stays: another may be to be made from it.
             self.held[slot] = sequence.tokens[: sequence.cached]
             self.free.append(slot)
@@ -144,6 +151,7 @@ class Scheduler:
         busy = self._best_running(sequence.tokens, limit)
         if busy and busy[0] >= here + WORTH:
             length, source = busy
+            assert source.slot is not None  # it runs
             if source.cached < length:
                 sequence.waits_for = (source, length)
                 return False

@@ -199,10 +199,10 @@ def test_captured_work_reads_and_writes_only_its_buffers(looped: Callable[..., L
     """All tensors of a step that outlive it are where they were: a graph that was recorded once would find them."""
     llama = looped(max_batch_size=4)
     loop, cache = llama.engine.loop, llama.engine.cache
-    held = [loop._ints, loop._floats, loop._chosen, loop._every, *cache.keys, *cache.values]
+    held = [loop._ints, loop._floats, loop._chosen, loop._row_numbers, *cache.keys, *cache.values]
     before = [tensor.data_ptr() for tensor in held]
     llama.generate(prompts_of([4, 8, 2], small["vocab_size"]), params=SamplingParams(temperature=0.7, max_gen_len=30))
-    after = [loop._ints, loop._floats, loop._chosen, loop._every, *cache.keys, *cache.values]
+    after = [loop._ints, loop._floats, loop._chosen, loop._row_numbers, *cache.keys, *cache.values]
     assert [tensor.data_ptr() for tensor in after] == before
 
 
