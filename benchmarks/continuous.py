@@ -21,8 +21,8 @@ from peers import Transformers
 from ragged import prompts_of, run_greedy
 from report import header, table
 
-import llama.engine.engine
 from llama import Llama
+from llama.engine import engine
 from llama.model.transformer import Transformer
 
 SLOTS = 16
@@ -78,13 +78,13 @@ def main(runs: int = 3, requests: int = 256, dir: str | None = None, peer_runs: 
 
 def time_llama(runner: Llama, prompts: list[list[int]], new_tokens: list[int]) -> tuple[float, float]:
     """(Seconds, share of them outside forward and the choice of tokens)."""
-    forward, choose = Stopwatch(Transformer.forward), Stopwatch(llama.engine._choose)
+    forward, choose = Stopwatch(Transformer.forward), Stopwatch(engine._choose)
     Transformer.forward = lambda self, step, cache: forward(self, step, cache)
-    llama.engine._choose = choose
+    engine._choose = choose
     begin = time.perf_counter()
     rows = run_greedy(runner.engine, prompts, new_tokens)
     seconds = time.perf_counter() - begin
-    Transformer.forward, llama.engine._choose = forward.function, choose.function
+    Transformer.forward, engine._choose = forward.function, choose.function
     assert [len(row) for row in rows] == new_tokens
     return seconds, 1 - (forward.seconds + choose.seconds) / seconds
 

@@ -178,10 +178,10 @@ class Request:
     stop_tokens: frozenset[int]
     prompt_logprobs: bool = False
     name: str = "prompt"  # how errors call it, such as "prompt 3"
-    tokens: list[int] = field(default_factory=list)  # made so far, without the end token
-    logprobs: list[float] = field(default_factory=list)  # one a made token, where asked
+    tokens: list[int] = field(default_factory=list)  # of the completion so far, without the end token
+    logprobs: list[float] = field(default_factory=list)  # one for each of them, where asked
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    scores: list[float | None] = field(default_factory=list)  # one a prompt token, where asked
+    scores: list[float | None] = field(default_factory=list)  # one for each prompt token, where asked
     top_scores: list[dict[int, float] | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: LlamaError | None = None

@@ -1,9 +1,9 @@
 """Decode steps whose tokens stay on the device: each is the next one's input, so the host may read them one step late.
 
-Where the host chooses the tokens it gets the logits instead, and the next step waits for it.
+Some requests need the host to choose their tokens, from logits that it reads. Then the next step waits for the host.
 
-What a step reads and writes lies in buffers that stay where they are. So a step of so many rows can be captured as a
-CUDA graph, the choice of tokens with it, and be repeated by one call.
+A step reads and writes buffers that never move. So a step of a given number of rows, with the choice of its tokens, can
+be captured as a CUDA graph, and one call repeats it.
 """
 
 import functools
@@ -30,9 +30,9 @@ Tokens = Callable[[], list[int]]  # waits for a step: the token of each row, −
 class Choice(Enum):
     """How a step's tokens are chosen."""
 
-    BEST = "the largest logits"
-    DRAWN = "by sampling, of some rows at least"
-    HOSTS = "by the host"
+    GREEDY = "on the device: each row's largest logit"
+    SAMPLED = "on the device: some rows by sampling"
+    ON_HOST = "on the host, which reads the logits"
 
 
 Kind = tuple[int, Choice]  # of a step: its rows, and how their tokens are chosen
@@ -107,7 +107,7 @@ class DecodeLoop:
         self._steps: dict[Kind, Work] = {}  # those captured
         self._uses: dict[Kind, int] = {}
         self._captured_ropes: list[Tensor | None] = []
-        self._rows, self._choice, self._launches = 0, Choice.BEST, 0
+        self._rows, self._choice, self._launches = 0, Choice.GREEDY, 0
         # What is on its way from or to the device must stay as it is, so two of each take turns.
         pinned = device.type == "cuda"
         self._noise = torch.zeros((2, rows), pin_memory=pinned)
@@ -122,7 +122,7 @@ class DecodeLoop:
     def load(self, rows: Sequence[Row]) -> None:
         """Begin with these sequences, instead of those that were here."""
         self._rows = len(rows)
-        self._choice = Choice.BEST if all(row.temperature == 0 for row in rows) else Choice.DRAWN
+        self._choice = Choice.GREEDY if all(row.temperature == 0 for row in rows) else Choice.SAMPLED
         padding = self._size() - len(rows)
         padded, sources = [*rows, *[rows[0]] * padding], [*range(len(rows)), *[0] * padding]
         ints = [(r.token, r.slot, r.position, r.top_k, source) for r, source in zip(padded, sources, strict=True)]
@@ -135,7 +135,7 @@ class DecodeLoop:
         """Do a step; `noise` has a number in [0, 1) for each row."""
         turn, self._launches = self._launches % 2, self._launches + 1
         size = self._size()
-        if self._choice is Choice.DRAWN:
+        if self._choice is Choice.SAMPLED:
             host = self._noise[turn, :size]
             host.copy_(torch.tensor([*noise, *[noise[0]] * (size - self._rows)]))
             self._floats[3, :size].copy_(host, non_blocking=True)
@@ -148,7 +148,7 @@ class DecodeLoop:
         self.load(rows)
         if self._logits is None:
             self._logits = torch.empty((self.cache.slots, self.model.params.vocab_size), device=self.model.device)
-        self._work((self._size(), Choice.HOSTS))()
+        self._work((self._size(), Choice.ON_HOST))()
         return self._logits[: len(rows)]
 
     def _size(self) -> int:
@@ -179,11 +179,11 @@ class DecodeLoop:
         tokens, slots, positions, top_k, source = self._ints[:, :size]
         step = Step(tokens, slots, positions, self._row_numbers[:size], (), decodes=True)
         logits = self.model(step, self.cache)
-        if choice is Choice.HOSTS:
+        if choice is Choice.ON_HOST:
             assert self._logits is not None  # `logits` made it
             self._logits[:size] = logits
             return
-        drawn = choice is Choice.DRAWN
+        drawn = choice is Choice.SAMPLED
         chosen = sample_all(logits, self._floats[:, :size], top_k) if drawn else logits.argmax(-1)
         self._chosen[:size] = torch.where(logits.sum(-1).isfinite(), chosen, -1)
         tokens.copy_(chosen[source])  # a row that pads stays what it repeats, however the two are rounded

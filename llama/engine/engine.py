@@ -209,15 +209,15 @@ class Engine:
         best, finite = greedy(logits)
         progressed, deciding, rows, first = [], [], [], 0
         for chunk, positions in zip(chunks, wanted, strict=True):
-            own = range(first, first + len(positions))
-            first = own.stop
+            chunk_rows = range(first, first + len(positions))
+            first = chunk_rows.stop
             request = chunk.sequence.request
-            if not all(finite[row] for row in own):
+            if not all(finite[row] for row in chunk_rows):
                 self._fail(chunk.sequence)
                 progressed.append(request)
                 continue
             if request.prompt_logprobs:
-                _score(request, positions, logits[own.start : own.stop])
+                _score(request, positions, logits[chunk_rows.start : chunk_rows.stop])
             if not chunk.reaches_end:
                 continue
             progressed.append(request)
@@ -225,7 +225,7 @@ class Engine:
                 self.finish(request, "length")
             else:
                 deciding.append(chunk.sequence)
-                rows.append(own[-1])
+                rows.append(chunk_rows[-1])
         if deciding:
             whole = len(rows) == len(logits)
             self._decide(deciding, logits if whole else logits[rows], [best[row] for row in rows])

@@ -77,7 +77,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.free: list[int] = list(range(slots))  # least recently used first
-        self.held: list[list[int]] = [[] for _ in range(slots)]  # the tokens that a free slot's cache still holds
+        self.prefixes: list[list[int]] = [[] for _ in range(slots)]  # the tokens that a free slot's cache still holds
         self.copies: deque[Copy] = deque()  # the one who makes them takes them out
 
     def add(self, sequence: Sequence) -> None:
@@ -115,7 +115,7 @@ class Scheduler:
             slot, sequence.slot = sequence.slot, None
             assert slot is not None  # it ran
             # A copy into the slot that is still to be made stays: another may be to be made from it.
-            self.held[slot] = sequence.tokens[: sequence.cached]
+            self.prefixes[slot] = sequence.tokens[: sequence.cached]
             self.free.append(slot)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -123,7 +123,7 @@ class Scheduler:
     def take_all(self) -> list[int]:
         """Every slot, forgotten and out of use until `give_back_all`; only while nothing runs."""
         assert not self.running
-        self.held = [[] for _ in range(self.slots)]
+        self.prefixes = [[] for _ in range(self.slots)]
         slots, self.free = sorted(self.free), []
         return slots
 
@@ -167,7 +167,7 @@ class Scheduler:
         """(Shared tokens, slot) of the free slot that shares most, the least recently used of equals."""
         best = (0, self.free[0])
         for slot in self.free:
-            shared = shared_prefix(tokens, self.held[slot], limit)
+            shared = shared_prefix(tokens, self.prefixes[slot], limit)
             if shared > best[0]:
                 best = (shared, slot)
         return best

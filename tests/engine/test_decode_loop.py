@@ -171,9 +171,9 @@ def test_a_kind_of_step_is_captured_once_when_it_has_paid(looped: Callable[..., 
     llama.generate(prompt, params=params)
     assert not loop.captured
     llama.generate(prompt, params=params)
-    assert set(loop._steps) == {(1, Choice.BEST)} and len(loop.captured) == 1
+    assert set(loop._steps) == {(1, Choice.GREEDY)} and len(loop.captured) == 1
     llama.generate(prompt * 3, params=SamplingParams(temperature=1, max_gen_len=2 * WORTH_CAPTURE))
-    assert (4, Choice.DRAWN) in loop._steps and len(loop.captured) == len(loop._steps)
+    assert (4, Choice.SAMPLED) in loop._steps and len(loop.captured) == len(loop._steps)
 
 
 @pytest.mark.parametrize("more", [{"logprobs": True}, {"repetition_penalty": 1.5}], ids=str)
@@ -187,7 +187,7 @@ def test_steps_whose_tokens_the_host_chooses_are_captured_too(
     ]
     llama = looped(max_batch_size=5)
     found = llama.generate(prompts, params=params)
-    assert set(llama.engine.loop._steps) == {(4, Choice.HOSTS)} and len(llama.engine.loop.captured) == 1
+    assert set(llama.engine.loop._steps) == {(4, Choice.ON_HOST)} and len(llama.engine.loop.captured) == 1
     plain = build(max_batch_size=5)
     expected = plain.generate(prompts, params=params)
     agreed = assert_agree(found[0], expected[0], prompts, logits_of(plain), params)
@@ -214,7 +214,7 @@ def test_padding_changes_no_row(looped: Callable[..., Llama], small: dict) -> No
     prompts = prompts_of([4, 8, 2], small["vocab_size"])
     params = SamplingParams(temperature=0, max_gen_len=20)
     together = llama.generate(prompts, params=params)[0]
-    assert (4, Choice.BEST) in llama.engine.loop._steps
+    assert (4, Choice.GREEDY) in llama.engine.loop._steps
     for slot in (3, 4):
         assert all((tensor[:, slot] == 7).all() for tensor in (*llama.engine.cache.keys, *llama.engine.cache.values))
     alone = [looped().generate([prompt], params=params)[0][0] for prompt in prompts]
