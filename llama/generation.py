@@ -37,7 +37,7 @@ from llama.request import (
     params_for,
     plain,
     plain_each,
-)  # fmt: skip
+)
 from llama.tokenizer import Tokenizer
 from llama.turns import Call, Stream, Turns
 
