@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; this rank holds H / mp query heads and K / mp kv heads."""
+    """Grouped-query attention's weights, for this rank's H / mp query heads and K / mp kv heads; see attention.py."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -62,8 +62,8 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """h = x + attention(norm(x)), then h + feed_forward(norm(h)).
 
-    A block takes and returns such a sum as a pair (x, residual) that the next norm adds: one kernel adds and norms, so
-    the sum is not read from memory once more.
+    A block takes and returns such a sum as two parts, x and the residual: the next norm adds them in the kernel that
+    norms, which saves a pass over memory. What comes before and after attention are methods for compiled.py's sake.
     """
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
@@ -75,7 +75,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor | None, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
-        """x and the residual (N, dim), or x alone, → such a pair for the next layer."""
+        """x and the residual (N, dim), which the first layer does not have → those for the next layer."""
         keys, values = inputs.cache.keys[self.layer], inputs.cache.values[self.layer]
         q, residual = self.before_attention(x, residual, inputs.freqs_cis, keys, values, inputs.rows)
         return self.after_attention(inputs.attend(q, keys, values), residual)
@@ -88,7 +88,7 @@ class TransformerBlock(nn.Module):
         return self.attention.queries(x, freqs_cis, keys, values, rows), residual
 
     def after_attention(self, heads: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """What the heads found (N, H, D), and the residual → the layer's output, as a pair."""
+        """Attention's result (N, H, D) and the residual → the layer's output, as x and residual."""
         x, residual = self.ffn_norm(self.attention.wo(heads.flatten(1)), residual)
         return self.feed_forward(x), residual
 
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         return forward(self, step, cache)
 
     def layer_by_layer(self, step: Step, inputs: LayerInputs) -> Tensor:
-        """The same, for any step: all modules, one after the other."""
+        """The logits of any step: the whole architecture, one module after the other."""
         x: Tensor = self.tok_embeddings(step.tokens)
         residual: Tensor | None = None
         for layer in self.layers:
