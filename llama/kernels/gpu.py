@@ -243,7 +243,7 @@ def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     total = x if residual is None else torch.empty_like(x)
     _norm_kernel[(x.shape[0],)](
         x, x if residual is None else residual.contiguous(), weight, total, y, x.shape[1], eps,
-        ADDS=residual is not None,        WIDE=triton.next_power_of_2(x.shape[1]), num_warps=8,
+        ADDS=residual is not None, WIDE=triton.next_power_of_2(x.shape[1]), num_warps=8,
     )  # fmt: skip
     return y, total
 

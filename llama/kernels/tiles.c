@@ -11,7 +11,7 @@
 
 #if X86
 enum { STEP = GROUP, TILE = 16 * STEP, PANELS = 8, MOST_ROWS = 512 }; /* so many panels share their sums' memory */
-/* Steps in a panel: where x is short reading W in long groups counts most, else that a panel fits the first-level cache. */
+/* Steps in a panel. For up to SHORT rows of x, long reads of W are fastest; for more, a panel must fit the L1 cache. */
 enum { DEEP = 64, SHALLOW = 8, SHORT = 64 };
 
 typedef struct {

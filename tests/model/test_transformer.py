@@ -9,15 +9,13 @@ from checkpoints import SMALL, random_weights, save
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import forward, rope
+from reference import forward
 from torch import Tensor
 
 from llama import ModelArgs, Transformer
 from llama.checkpoint.layout import sources
 from llama.checkpoint.loader import load
 from llama.checkpoint.source import open_source
-from llama.kernels.ops import apply_rope
-from llama.model.forward import precompute_freqs_cis
 from llama.model.step import Step
 from llama.model.transformer import RMSNorm
 from llama.options import RunOptions
@@ -180,14 +178,6 @@ def test_half_precision_is_close_to_float32(tmp_path: Path, dtype: torch.dtype, 
         assert logits.dtype == torch.float32
         assert (logits - expected).abs().max() < tolerance * expected.std() * 3
         assert (logits - expected).pow(2).mean().sqrt() < tolerance * expected.std()
-
-
-@pytest.mark.parametrize("theta", [10000.0, 1e6])
-def test_rope_rotates_neighbouring_pairs(theta: float) -> None:
-    """Places 2i and 2i + 1 of a head rotate together, as a complex number; not the two halves of the head."""
-    x = torch.randn(P, 3, 16, generator=torch.Generator().manual_seed(0))
-    freqs_cis = precompute_freqs_cis(16, P, theta, CPU)
-    torch.testing.assert_close(apply_rope(x, freqs_cis[:, None]), rope(x, theta), atol=1e-5, rtol=0)
 
 
 def test_rms_norm_is_computed_in_float32() -> None:
