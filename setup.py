@@ -24,7 +24,10 @@ setup(
     ext_modules=[
         Extension(
             "llama.kernels.cpu",
-            [f"llama/kernels/{name}.c" for name in ("quantize", "quantized", "tiles", "ops", "sample", "decode_step")],
+            [
+                f"llama/kernels/{name}.c"
+                for name in ("quantize", "pack", "quantized", "tiles", "ops", "sample", "decode_step")
+            ],
             depends=["llama/kernels/kernels.h"],
             optional=True,
         )
