@@ -28,7 +28,7 @@ from checkpoints import random_weights, save
 
 from llama import Llama, SamplingParams, parallel
 from llama.checkpoint import memory
-from llama.checkpoint.layout import format_of, sources
+from llama.checkpoint.layout import format_of, stored_names
 from llama.cli.build import DEMO
 from llama.engine.decode_loop import as_it_is
 from llama.engine.engine import Engine
@@ -195,7 +195,7 @@ def random_model(
         weight = torch.ones(parameter.shape, dtype=torch.bfloat16, device=device)
         if weight.dim() == 2:
             weight.normal_(0, weight.shape[1] ** -0.5)
-            if form := format_of(sources(name)[0], quantize):
+            if form := format_of(stored_names(name)[0], quantize):
                 weight, module.scales = QUANTIZE[form](weight)
             if hasattr(module, "scales") and can_pack(weight, torch.bfloat16):
                 weight, module.scales = pack(weight, module.scales)

@@ -92,9 +92,13 @@ def choose_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     if stored == torch.bfloat16 and device.type == "cuda":
         fast = compute_capability(device) >= AMPERE
     elif stored == torch.bfloat16 and device.type == "cpu":
-        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast = _has_mkldnn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     elif stored == torch.float16 and device.type == "cpu":
-        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        fast = _has_mkldnn() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
     else:
         fast = True
     return stored if fast else torch.float32
+
+
+def _has_mkldnn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call] # of PyTorch's, without types

@@ -56,7 +56,8 @@ def scales_of(name: str) -> str:
 
 def integer_dtype(weight_format: str) -> torch.dtype:
     """The dtype of the integers that a matrix in this format becomes."""
-    return getattr(torch, FORMATS[weight_format].dtype)  # type: ignore[no-any-return] # torch's by its name
+    dtype: torch.dtype = getattr(torch, FORMATS[weight_format].dtype)
+    return dtype
 
 
 def stored_dtype(name: str, quantize: str | None) -> torch.dtype | None:
@@ -148,7 +149,7 @@ def check_split(args: ModelArgs, shards: int, processes: int, do: str = "start")
             raise DeviceError(f"{counted}, but {what} cannot be split over {processes} processes: {ways}")
 
 
-def sources(name: str) -> list[str]:
+def stored_names(name: str) -> list[str]:
     """The names on disk that a parameter of the model is joined from, in the order of its rows."""
     for joined, parts in JOINED.items():
         if f".{joined}." in name:

@@ -18,7 +18,7 @@ from llama.checkpoint.layout import (
     integer_dtype,
     scales_of,
     shard_shape,
-    sources,
+    stored_names,
 )
 from llama.checkpoint.source import Source, checkpoint_dtype, read_slice
 from llama.device import choose_dtype, parse_dtype
@@ -73,7 +73,7 @@ def fill(model: Transformer, source: Source, device: torch.device, dtype: torch.
     reader = _Reader(source, model_parallel_size(), model_parallel_rank(), device)
     # What a tensor needs beside itself is then gone before all is there.
     largest_first = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
-    sizes = {name: reader.sizes(sources(name)) for name, _ in largest_first}
+    sizes = {name: reader.sizes(stored_names(name)) for name, _ in largest_first}
     doing = "loading" if source.args.quantize == model.weight_format else f"loading as {model.weight_format}"
     count, of = 0, sum(map(len, sizes.values()))
     with bar_of_bytes(doing, sum(map(sum, sizes.values())), quiet=rank() > 0) as move:
@@ -81,11 +81,11 @@ def fill(model: Transformer, source: Source, device: torch.device, dtype: torch.
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             if hasattr(module, "scales"):
-                weight, scales = _matrix(reader, sources(name), dtype, model.weight_format)
+                weight, scales = _matrix(reader, stored_names(name), dtype, model.weight_format)
                 if scales is not None:
                     module.scales = scales
             else:
-                weight = reader.joined(sources(name), dtype)
+                weight = reader.joined(stored_names(name), dtype)
             setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
             del weight
             count += len(sizes[name])
@@ -97,22 +97,26 @@ def _matrix(
     reader: "_Reader", names: Sequence[str], dtype: torch.dtype, weight_format: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """A matrix of a model in `dtype`, and its scales: quantised, unless it is stored so already; packed for a CPU."""
-    own_format, scales = format_of(names[0], weight_format), None
+    own_format = format_of(names[0], weight_format)
     if own_format and not reader.source.args.quantize:
         weight, scales = quantize(reader.joined(names, checkpoint_dtype(reader.source)), own_format)
-    else:
-        if own_format:
-            dtype_of_weight = integer_dtype(own_format)
-            scales = reader.joined(list(map(scales_of, names)), torch.float16)
-        else:
-            dtype_of_weight = dtype
-        rows = reader.whole_rows(names, dtype_of_weight)
-        if rows and reader.device.type == "cpu" and can_pack(rows[0], dtype):
-            weight = pack_rows(rows)  # straight from the files
-            for piece in rows:
-                reader.source.release(piece)
-            return weight, None if scales is None else pack_scales(scales)
-        weight = reader.joined(names, dtype_of_weight)
+        return pack(weight, scales) if can_pack(weight, dtype) else (weight, scales)
+    return _stored_matrix(reader, names, dtype, own_format)
+
+
+def _stored_matrix(
+    reader: "_Reader", names: Sequence[str], dtype: torch.dtype, own_format: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same where the files have it in the format that is wanted: where it can be, packed straight from them."""
+    scales = reader.joined(list(map(scales_of, names)), torch.float16) if own_format else None
+    own_dtype = integer_dtype(own_format) if own_format else dtype
+    rows = reader.whole_rows(names, own_dtype)
+    if rows and reader.device.type == "cpu" and can_pack(rows[0], dtype):
+        weight = pack_rows(rows)
+        for piece in rows:
+            reader.source.release(piece)
+        return weight, None if scales is None else pack_scales(scales)
+    weight = reader.joined(names, own_dtype)
     return pack(weight, scales) if can_pack(weight, dtype) else (weight, scales)
 
 
@@ -134,7 +138,7 @@ class _Reader:
         """The slices in one new tensor of `dtype`."""
         shapes = [self._shape(name) for name in names]
         whole = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype, device=self.device)
-        for name, part in zip(names, whole.split([shape[0] for shape in shapes]), strict=True):
+        for name, part in zip(names, torch.split(whole, [shape[0] for shape in shapes]), strict=True):
             read_slice(part, self.source, name, self.processes, self.rank)
         return whole
 

@@ -34,9 +34,9 @@ class MetaFolder:
     def _shards(self) -> list[dict[str, Tensor]]:
         return [open_shard(path) for path in self.files]
 
-    @property
+    @cached_property
     def names(self) -> Collection[str]:
-        return self._shards[0].keys()
+        return self._shards[0].keys() - IGNORED
 
     @property
     def vocab_size(self) -> int:

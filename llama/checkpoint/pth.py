@@ -46,8 +46,11 @@ def check_archive(path: Path) -> list[tuple[int, int]]:
 
 def _first_byte(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
     """Where a record's data begins: after its header, a name and an extra field, whose lengths stand at byte 26."""
-    archive.fp.seek(record.header_offset + 26)
-    return record.header_offset + 30 + sum(struct.unpack("<HH", archive.fp.read(4)))
+    file = archive.fp
+    assert file is not None  # it is open
+    file.seek(record.header_offset + 26)
+    name_length, extra_length = struct.unpack("<HH", file.read(4))
+    return record.header_offset + 30 + int(name_length) + int(extra_length)
 
 
 def _archive_fault(archive: zipfile.ZipFile, records: list[zipfile.ZipInfo]) -> str | None:
@@ -78,10 +81,10 @@ def plain_tensors(tables: Any, records: list[tuple[int, int]], path: Path) -> di
     A parameter, as people's own files have them, is its tensor. Raises CheckpointError naming what is none.
     """
     # A file can hang attributes on a table or tensor that stand before its methods: those called here are the class's.
-    items = list(dict.items(tables)) if isinstance(tables, dict) else [(None, tables)]
+    items: list[tuple[Any, Any]] = list(dict.items(tables)) if isinstance(tables, dict) else [(None, tables)]
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise CheckpointError(f"{path} does not hold a flat table of named tensors, as Meta's files do")
-    tensors = {name: Tensor.detach(found) if type(found) in _PLAIN else found for name, found in items}
+    tensors = {name: Tensor.detach(tensor) if type(tensor) in _PLAIN else tensor for name, tensor in items}
     for name, tensor in tensors.items():
         if fault := _fault(tensor):
             raise CheckpointError(
@@ -111,11 +114,11 @@ def _fault(tensor: Tensor) -> str | None:
 
 def _storage_fault(tensor: Tensor) -> str | None:
     """A tensor of shape (a, b) must have a · b numbers of its own, and its last one must lie in its storage."""
-    held, size = tensor.untyped_storage().nbytes(), tensor.element_size()
+    stored, size = tensor.untyped_storage().nbytes(), tensor.element_size()
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = tensor.storage_offset() + sum((length - 1) * stride for length, stride in steps)
-    if tensor.numel() and max(tensor.numel(), last + 1) * size > held:
-        return f"of shape {tuple(tensor.shape)!s:.100}, of which the file holds {held // size} numbers"
+    if tensor.numel() and max(tensor.numel(), last + 1) * size > stored:
+        return f"of shape {tuple(tensor.shape)!s:.100}, of which the file holds {stored // size} numbers"
     if tensor.numel() and not tensor.untyped_storage().data_ptr():
         return "without any numbers"
     return None
@@ -124,10 +127,10 @@ def _storage_fault(tensor: Tensor) -> str | None:
 def _check_storages(tensors: dict[str, Tensor], records: list[tuple[int, int]], path: Path) -> None:
     """Raise CheckpointError unless the storages are the records: one might reach into the next, or lie elsewhere."""
     storages = [tensor.untyped_storage() for tensor in tensors.values()]
-    held = sorted({(storage.data_ptr(), storage.nbytes()) for storage in storages if storage.nbytes()})
-    begins = {place - first for (place, _), (first, _) in zip(held, records, strict=False)}  # of the file in memory
-    too_long = any(used > size for (_, used), (_, size) in zip(held, records, strict=False))
-    if len(held) != len(records) or len(begins) > 1 or too_long:
+    used = sorted({(storage.data_ptr(), storage.nbytes()) for storage in storages if storage.nbytes()})
+    begins = {place - first for (place, _), (first, _) in zip(used, records, strict=False)}  # of the file in memory
+    too_long = any(length > size for (_, length), (_, size) in zip(used, records, strict=False))
+    if len(used) != len(records) or len(begins) > 1 or too_long:
         raise CheckpointError(f"{path} is damaged: its records and the tensors that it lists do not match; {AGAIN}")
 
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
+from typing_extensions import Buffer
 
 from llama.checkpoint.checklist import md5
 from llama.progress import Move
@@ -53,20 +54,22 @@ def write_shard(path: Path, layout: Tensors, contents: Callable[[str], Tensor], 
 
 def _bytes(tensor: Tensor, like: Tensor) -> memoryview:
     assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-class _Hashed:
+class _Hashed(io.RawIOBase):
     """A file that is written from its beginning to its end, and the MD5 sum of what it has so far."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.md5 = md5()
-        self.tell, self.flush = file.tell, file.flush
 
-    def write(self, data: bytes | memoryview) -> None:
-        self.file.write(data)
+    def write(self, data: Buffer) -> int:
         self.md5.update(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.file.tell()
 
 
 def _write_record(archive: zipfile.ZipFile, out: _Hashed, name: str, data: bytes | memoryview) -> None:
@@ -95,12 +98,12 @@ class _Entry:
         self.storage = _Storage("storage", STORAGES[like.dtype], str(number), "cpu", like.numel())
         self.shape, self.stride = tuple(like.shape), like.stride()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_tensor_v2, (self.storage, 0, self.shape, self.stride, False, OrderedDict())
 
 
 class _Pickler(pickle.Pickler):
-    def persistent_id(self, value: Any) -> tuple | None:
+    def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
         return tuple(value) if isinstance(value, _Storage) else None
 
 

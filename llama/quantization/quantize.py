@@ -32,13 +32,13 @@ QUANTIZE = {"int8": quantize_int8, "int4": quantize_int4}
 
 def dequantize_int8(q: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Integers (R, C) and scales (R, C / 32) → (R, C)."""
-    groups = q.unflatten(1, (scales.shape[1], -1)).float()
+    groups = torch.unflatten(q, 1, (scales.shape[1], -1)).float()
     return (groups * scales.float()[..., None]).flatten(1).to(dtype)
 
 
 def dequantize_int4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Packed integers (R, C / 2) and scales (R, C / 32) → (R, C)."""
-    pairs = packed.unflatten(1, (scales.shape[1], -1))
+    pairs = torch.unflatten(packed, 1, (scales.shape[1], -1))
     groups = torch.cat((pairs & 15, pairs >> 4), dim=-1).float() - 8
     return (groups * scales.float()[..., None]).flatten(1).to(dtype)
 
@@ -48,35 +48,36 @@ DEQUANTIZE = {"int8": dequantize_int8, "int4": dequantize_int4}
 
 def _by_rows(weight: Tensor, quantize: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Quantise some rows at a time, into what is allocated once."""
-    parts = [quantize(rows) for rows in weight.split(max(1, ROWS // weight.shape[1]))]
+    parts = [quantize(rows) for rows in torch.split(weight, max(1, ROWS // weight.shape[1]))]
     return torch.cat([q for q, _ in parts]), torch.cat([scales for _, scales in parts])
 
 
 def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    groups = weight.float().unflatten(1, (-1, FORMATS["int8"].group))
+    groups = torch.unflatten(weight.float(), 1, (-1, FORMATS["int8"].group))
     scales = _as_stored(groups.abs().amax(-1) / 127)
     q = (groups * scales.float().reciprocal()[..., None]).round_().clamp_(-127, 127)
     return q.to(torch.int8).flatten(1), scales
 
 
 def _int4_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    groups = weight.float().unflatten(1, (-1, FORMATS["int4"].group))
+    groups = torch.unflatten(weight.float(), 1, (-1, FORMATS["int4"].group))
     high, low = groups.amax(-1), groups.amin(-1)
     largest = torch.where(-low > high, low, high)
-    best, chosen = None, None
-    for stretch in STRETCHES:
-        scales = _as_stored(largest * (-stretch / 8))
-        q = (groups * scales.float().reciprocal()[..., None]).round_().clamp_(-8, 7)
-        error = (q * scales.float()[..., None] - groups).square_().sum(-1)
-        if best is None:
-            best, chosen, integers = error, scales, q
-            continue
-        better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better, scales, chosen)
+    integers, scales, least = _rounded(groups, largest, STRETCHES[0])
+    for stretch in STRETCHES[1:]:
+        q, other, error = _rounded(groups, largest, stretch)
+        better = error < least
         integers = torch.where(better[..., None], q, integers)
-    nibbles = (integers + 8).to(torch.uint8)
-    low, high = nibbles.chunk(2, dim=-1)
-    return (low | high << 4).flatten(1), chosen
+        scales, least = torch.where(better, other, scales), torch.where(better, error, least)
+    low, high = (integers + 8).to(torch.uint8).chunk(2, dim=-1)
+    return (low | high << 4).flatten(1), scales
+
+
+def _rounded(groups: Tensor, largest: Tensor, stretch: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups in int4 whose scale covers that part of each one's `largest`: integers, scales, squared errors."""
+    scales = _as_stored(largest * (-stretch / 8))
+    q = (groups * scales.float().reciprocal()[..., None]).round_().clamp_(-8, 7)
+    return q, scales, (q * scales.float()[..., None] - groups).square_().sum(-1)
 
 
 def _as_stored(scales: Tensor) -> Tensor:

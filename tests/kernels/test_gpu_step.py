@@ -11,7 +11,7 @@ from emulation import DEVICE, error, gpu, gpu_path
 from ptx import PTX, bits_to
 
 from llama import parallel
-from llama.checkpoint.layout import format_of, sources
+from llama.checkpoint.layout import format_of, stored_names
 from llama.kernels import dispatch
 from llama.model.step import Step
 from llama.model.transformer import ModelArgs, Transformer
@@ -50,8 +50,8 @@ def model_of(params: dict, weights: dict[str, torch.Tensor], quantize: str | Non
     model = Transformer(ModelArgs(**params), weight_format=quantize)
     for name in [name for name, _ in model.named_parameters()]:
         owner, _, leaf = name.rpartition(".")
-        module, weight = model.get_submodule(owner), torch.cat([weights[part] for part in sources(name)])
-        if form := format_of(sources(name)[0], quantize):
+        module, weight = model.get_submodule(owner), torch.cat([weights[part] for part in stored_names(name)])
+        if form := format_of(stored_names(name)[0], quantize):
             weight, scales = QUANTIZE[form](weight)
             module.scales = scales.to(DEVICE)
         else:

@@ -13,7 +13,7 @@ from reference import forward
 from torch import Tensor
 
 from llama import ModelArgs, Transformer
-from llama.checkpoint.layout import sources
+from llama.checkpoint.layout import stored_names
 from llama.checkpoint.loader import load
 from llama.checkpoint.source import open_source
 from llama.model.step import Step
@@ -130,8 +130,8 @@ def test_only_wanted_rows_reach_the_output_layer(model: Transformer) -> None:
 def test_modules_have_the_names_of_the_checkpoint(model: Transformer) -> None:
     """Every parameter is a tensor of the file, but for wq|wk|wv and w1|w3, which are joined."""
     names = [name for name, _ in model.named_parameters()]
-    assert sorted(source for name in names for source in sources(name)) == sorted(random_weights(SMALL))
-    assert {name for name in names if len(sources(name)) > 1} == {
+    assert sorted(source for name in names for source in stored_names(name)) == sorted(random_weights(SMALL))
+    assert {name for name in names if len(stored_names(name)) > 1} == {
         f"layers.{i}.{part}.weight" for i in range(2) for part in ("attention.wqkv", "feed_forward.w13")
     }
 
