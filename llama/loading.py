@@ -9,7 +9,7 @@ from llama import parallel
 from llama.checkpoint import loader
 from llama.checkpoint.checklist import verify as verify_checklist
 from llama.checkpoint.source import open_source
-from llama.device import choose_device, default_threads
+from llama.device import choose_device, default_threads, parse_dtype
 from llama.errors import CheckpointError, TokenizerError
 from llama.kernels.dispatch import why_not
 from llama.model.kv_cache import check_kv_dtype
@@ -22,7 +22,7 @@ LLAMA_2_VOCABULARY = 32000
 
 def load(folder: Path, tokenizer_path: str, options: RunOptions) -> tuple[Transformer, Tokenizer]:
     """The model of a checkpoint folder, as the options say, and its tokenizer."""
-    device = choose_device(options.device)
+    device, dtype = choose_device(options.device), parse_dtype(options.dtype)
     check_kv_dtype(options.kv_dtype, device)
     if options.threads is not None or device.type == "cpu":
         torch.set_num_threads(options.threads or default_threads())
@@ -35,7 +35,7 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> tuple[Transf
         source.args, vocab_size=_check_vocabulary(source.args.vocab_size, source.vocab_size, tokenizer),
         max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size,
     )  # fmt: skip
-    model = loader.load(source, args, options, device)
+    model = loader.load(source, args, options, device, dtype)
     if options.compile:
         from llama.model.compiled import compile_layers  # it brings in half of a compiler
 

@@ -48,6 +48,17 @@ def test_an_unknown_dtype_is_refused_with_those_there_are(build: Builder, dtype:
         build(dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("dtype", "half"), ("device", "gpu"), ("quantize", "int3"), ("kv_dtype", "int8"), ("seed", -1)],
+)
+def test_an_option_that_is_none_is_said_before_any_file_is_looked_for(
+    build: Builder, tmp_path: Path, option: str, value: Any
+) -> None:
+    with pytest.raises(ParameterError, match=f"^{option}={value!r} is "):
+        build(tmp_path / "nowhere", **{option: value})
+
+
 @pytest.mark.parametrize("device", ["gpu", "", "cpu:x", 1.5])
 def test_a_device_that_is_none_is_refused(build: Builder, device: Any) -> None:
     with pytest.raises(ParameterError, match=re.escape(f"device={device!r} is not a device: use cuda, mps or cpu")):

@@ -20,6 +20,8 @@ IGNORED = {"rope.freqs"}  # old files carry the RoPE frequencies, which are comp
 EMBEDDING = "tok_embeddings.weight"
 NEVER_QUANTIZED = {"tok_embeddings", "norm", "attention_norm", "ffn_norm"}
 
+SCALE_DTYPE = torch.float16
+
 Shapes = dict[str, tuple[int, ...]]  # by name
 
 # The axis along which Meta's model parallelism splits each weight; None: every process has it whole.
@@ -115,7 +117,7 @@ def stored_shapes(args: ModelArgs) -> Shapes:
 
 
 def shard_shape(name: str, whole: tuple[int, ...], shards: int) -> tuple[int, ...]:
-    """What one of `shards` holds of a parameter of shape `whole`."""
+    """The shape of the part of a parameter, of shape `whole`, that one of `shards` shards or processes has."""
     axis = split_axis(name)
     return tuple(length // shards if i == axis else length for i, length in enumerate(whole))
 

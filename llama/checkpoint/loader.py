@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llama.checkpoint import memory
 from llama.checkpoint.layout import (
+    SCALE_DTYPE,
     check_groups,
     check_split,
     expected_shapes,
@@ -21,7 +22,7 @@ from llama.checkpoint.layout import (
     stored_names,
 )
 from llama.checkpoint.source import Source, checkpoint_dtype, read_slice
-from llama.device import choose_dtype, parse_dtype
+from llama.device import choose_dtype
 from llama.errors import CheckpointError
 from llama.kernels.quantized import BLOCK_ROWS, can_pack, pack, pack_rows, pack_scales, quantize
 from llama.model.args import ModelArgs
@@ -31,19 +32,20 @@ from llama.parallel import model_parallel_rank, model_parallel_size, rank
 from llama.progress import bar_of_bytes
 
 
-def load(source: Source, args: ModelArgs, options: RunOptions, device: torch.device) -> Transformer:
-    """This rank's part of a model of these sizes, on `device`, after all that can be checked first.
+def load(
+    source: Source, args: ModelArgs, options: RunOptions, device: torch.device, dtype: torch.dtype | None
+) -> Transformer:
+    """This rank's part of a model of these sizes, in `dtype` (None: see `choose_dtype`) on `device`.
 
-    Its matrices are in the format that `options` names, else as they are stored; the rest in the dtype that it names,
-    else in that of the checkpoint (see `choose_dtype`). Raises CheckpointError where the tensors do not fit `args`,
-    DeviceError where the processes or the free memory do not allow it, the room for the KV cache included.
+    All that can be checked is checked first. Raises CheckpointError where the tensors do not fit `args`, DeviceError
+    where the processes or the free memory do not allow it, the room for the KV cache included.
     """
     source.check(args)
     weight_format = _weight_format(source, options.quantize)
     processes = model_parallel_size()
     check_split(args, len(source.files), processes)
     check_groups(expected_shapes(args), weight_format, processes)
-    dtype = parse_dtype(options.dtype) or choose_dtype(checkpoint_dtype(source), device)
+    dtype = dtype or choose_dtype(checkpoint_dtype(source), device)
     needed = memory.need(
         args, dtype, processes, memory.step_tokens(device, options.max_step_tokens),
         weight_format=weight_format, kv_dtype=options.kv_dtype,
@@ -55,6 +57,7 @@ def load(source: Source, args: ModelArgs, options: RunOptions, device: torch.dev
 
 
 def _weight_format(source: Source, asked: str | None) -> str | None:
+    """The format that the matrices of the model will have."""
     stored = source.args.quantize
     if stored and asked not in (None, stored):
         raise CheckpointError(
@@ -108,7 +111,7 @@ def _stored_matrix(
     reader: "_Reader", names: Sequence[str], dtype: torch.dtype, own_format: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """The same where the files have it in the format that is wanted: where it can be, packed straight from them."""
-    scales = reader.joined(list(map(scales_of, names)), torch.float16) if own_format else None
+    scales = reader.joined(list(map(scales_of, names)), SCALE_DTYPE) if own_format else None
     own_dtype = integer_dtype(own_format) if own_format else dtype
     rows = reader.whole_rows(names, own_dtype)
     if rows and reader.device.type == "cpu" and can_pack(rows[0], dtype):
@@ -161,6 +164,6 @@ class _Reader:
 
 
 def _return_memory() -> None:
-    """Give memory that the C library holds for later back to the system: loading leaves holes in it (glibc only)."""
+    """Give unused memory of the C library's back to the system: loading leaves holes in it (glibc only)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(ctypes.c_size_t(0))

@@ -65,12 +65,12 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Which of two values for one key is meant, nobody knows; readers of JSON differ in which they take."""
-    found: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in given:
             raise ValueError(f"{key!r:.60} stands in it twice")
-        found[key] = value
-    return found
+        given[key] = value
+    return given
 
 
 def _check(args: ModelArgs, path: Path) -> None:

@@ -20,12 +20,12 @@ def plan(length: int, shards: int, processes: int, rank: int) -> list[Piece]:
     [Piece(shard=1, start=2, stop=4, offset=0), Piece(shard=2, start=0, stop=4, offset=2)].
     """
     assert length % shards == 0 and length % processes == 0 and 0 <= rank < processes
-    held, wanted = length // shards, length // processes
+    stored, wanted = length // shards, length // processes
     first, last = rank * wanted, (rank + 1) * wanted
     pieces = []
-    for shard in range(first // held, (last - 1) // held + 1):
-        begin, end = max(first, shard * held), min(last, (shard + 1) * held)
-        pieces.append(Piece(shard, begin - shard * held, end - shard * held, begin - first))
+    for shard in range(first // stored, (last - 1) // stored + 1):
+        begin, end = max(first, shard * stored), min(last, (shard + 1) * stored)
+        pieces.append(Piece(shard, begin - shard * stored, end - shard * stored, begin - first))
     return pieces
 
 

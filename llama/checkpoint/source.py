@@ -16,8 +16,9 @@ from llama.model.args import ModelArgs
 class Source(Protocol):
     """A checkpoint that can be read: its sizes, and its tensors' names, shapes, dtypes and slices.
 
-    Making one finds its files and reads its sizes; the tensors are looked at when they are first asked for. All but
-    `files` is the same however the tensors are distributed over files. Every method raises CheckpointError.
+    Making one finds its files and reads its sizes; the tensors are opened when one of them is first asked for. Those
+    who read it do not need to know how the tensors are distributed over files, which may be damaged: whatever is asked
+    for may raise CheckpointError.
     """
 
     @property
@@ -25,7 +26,7 @@ class Source(Protocol):
 
     @property
     def files(self) -> Sequence[Path]:
-        """The files in which the tensors lie."""
+        """The files in which the tensors lie, to be counted and described."""
 
     @property
     def args(self) -> ModelArgs:
@@ -33,14 +34,14 @@ class Source(Protocol):
 
     @property
     def ignored(self) -> Sequence[str]:
-        """What was declared beside the sizes, and has no effect."""
+        """What is declared beside the sizes, and has no effect."""
 
     @property
     def names(self) -> Collection[str]: ...
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the tensors know, which is not looked up in `args`."""
+        """The rows of the embedding table, whatever `args` says."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole shape of a tensor."""
@@ -50,11 +51,11 @@ class Source(Protocol):
     def slices(self, name: str, processes: int, rank: int) -> Iterator[Tensor]:
         """What process `rank` of `processes` has of a tensor: pieces that follow one another along its split axis.
 
-        On the CPU and read-only: where the file allows they are views of it, in memory that `release` lets go of.
+        They are on the CPU and only to be read. Where the file allows it they are views of the mapped file.
         """
 
     def release(self, piece: Tensor) -> None:
-        """Let go of the memory of a piece that has been read."""
+        """Give the memory of a piece that has been read back to the system, if the file can be read again."""
 
     def check(self, args: ModelArgs) -> None:
         """Raise CheckpointError unless the tensors are those of a model of these sizes, in names, shapes and dtypes."""

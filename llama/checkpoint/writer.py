@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama.checkpoint.checklist import format_checklist, md5
 from llama.checkpoint.layout import (
+    SCALE_DTYPE,
     check_groups,
     check_split,
     expected_shapes,
@@ -118,7 +119,7 @@ def _dtype(name: str, weight_format: str, source: Source) -> torch.dtype:
     """The dtype of a tensor of the quantised checkpoint."""
     if format_of(name, weight_format) is None:
         return source.dtype(name)
-    return stored_dtype(name, weight_format) or torch.float16  # of scales
+    return stored_dtype(name, weight_format) or SCALE_DTYPE
 
 
 def _check_other(out: Path, folder: Path) -> None:

@@ -39,7 +39,7 @@ JOINED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
 def load_folder(folder: Path, dtype: torch.dtype | None = torch.float32) -> Transformer:
     initialize(CPU, None)
     source = MetaFolder(folder)
-    return load(source, source.args, RunOptions(max_seq_len=16, max_batch_size=2, dtype=dtype, max_step_tokens=64), CPU)
+    return load(source, source.args, RunOptions(max_seq_len=16, max_batch_size=2, max_step_tokens=64), CPU, dtype)
 
 
 def expected_parameters(weights: dict[str, Tensor], processes: int, rank: int) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ SCHEDULES: dict[str, Schedule] = {
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     initialize(CPU, None)
     source = open_source(folder)
-    return load(source, source.args, RunOptions(max_seq_len=P, max_batch_size=4, dtype=dtype, max_step_tokens=64), CPU)
+    return load(source, source.args, RunOptions(max_seq_len=P, max_batch_size=4, max_step_tokens=64), CPU, dtype)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
