@@ -6,12 +6,12 @@ if TYPE_CHECKING:
     from llama.chat import Dialog, Message, Role
     from llama.errors import LlamaError
     from llama.generation import Llama
-    from llama.model.transformer import ModelArgs, Transformer
+    from llama.model import ModelArgs, Transformer
     from llama.predictions import ChatPrediction, CompletionPrediction
     from llama.request import SamplingParams
     from llama.tokenizer import StreamDecoder, Tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Llama": "generation", "CompletionPrediction": "output", "ChatPrediction": "output", "ModelArgs": "model",

@@ -18,13 +18,15 @@ from typing import Any, ParamSpec, TypeVar
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  # by these names they have types
+from torch.distributed import distributed_c10d
 
 from llama import gate
 from llama.errors import DeviceError, ParameterError, PeerError
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
-_before_leaving: list[weakref.WeakMethod] = []
+_before_leaving: list[weakref.WeakMethod[Callable[[], None]]] = []
 _process: list[int] = []  # the one in which a model was built
 GLOO_FILE = re.compile(r"\[[^\]]*gloo/[^\]]*\] ")  # how each error of gloo's begins, which has no class of its own
 
@@ -52,11 +54,11 @@ def world_size() -> int:
 
 
 def model_parallel_rank() -> int:
-    return fairscale_groups.get_model_parallel_rank()
+    return int(fairscale_groups.get_model_parallel_rank())
 
 
 def model_parallel_size() -> int:
-    return fairscale_groups.get_model_parallel_world_size()
+    return int(fairscale_groups.get_model_parallel_world_size())
 
 
 def say(message: str) -> None:
@@ -135,14 +137,18 @@ def check_process() -> None:
 
 def _join_process_group(device: torch.device) -> None:
     if world_size() > 1:
-        options = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
         return
     if not hasattr(dist.Backend, "SOLO"):
         dist.Backend.register_backend(
-            "solo", lambda store, rank, size, timeout: SoloGroup(rank, size), devices=["cpu", "cuda", "mps"]
+            "solo",
+            lambda store, rank, size, timeout: SoloGroup(rank, size),  # type: ignore[call-arg]  # torch's stub lacks it
+            devices=["cpu", "cuda", "mps"],
         )
-    dist.init_process_group("solo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("solo", store=HashStore(), rank=0, world_size=1)
 
 
 @with_peers
@@ -175,18 +181,18 @@ def is_first_to_fail() -> bool:
         return True
 
 
-def _common_store() -> dist.Store | None:
+def _common_store() -> Store | None:
     """What all processes of this run can write to; None where there is nothing: better said twice than not at all."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own: there before the group is
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         socket.create_connection(address, timeout=5).close()  # or PyTorch would try for minutes, and say so at length
-        return dist.TCPStore(*address, is_master=False)
+        return TCPStore(*address, is_master=False)
     if not dist.is_initialized():
         return None
-    store = inner = dist.distributed_c10d._get_default_store()
-    while isinstance(inner, dist.PrefixStore):
+    store = inner = distributed_c10d._get_default_store()
+    while isinstance(inner, PrefixStore):
         inner = inner.underlying_store
-    if isinstance(inner, dist.TCPStore):
+    if isinstance(inner, TCPStore):
         _check_alive(inner.host, inner.port)
     return store
 

@@ -6,8 +6,6 @@ import itertools
 import json
 import random
 import re
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -225,7 +223,7 @@ def quality() -> dict[str, train_demo.Score]:
 
 
 def test_the_demo_answers_held_out_questions(quality: dict[str, train_demo.Score]) -> None:
-    """Questions of its kinds that were held out of its training; the README says the percentage."""
+    """Questions of its kinds that were held out of its training; docs/checkpoints.md says the percentage."""
     assert quality["all questions"].share >= 0.93
 
 
@@ -241,12 +239,3 @@ def test_the_demo_completes_unseen_openings(quality: dict[str, train_demo.Score]
     """Every story ends by itself, and nearly all are such as the grammar could have written."""
     assert quality["stories: ended"].share == 1
     assert quality["stories: consistent"].share >= 0.93
-
-
-def test_the_readmes_first_example_is_what_is_printed() -> None:
-    """In bfloat16, as a user would run it, on any machine."""
-    lines = (ROOT / "README.md").read_text().splitlines()
-    shown = next(i for i, line in enumerate(lines) if line.startswith("$ llama complete"))
-    words = shlex.split(lines[shown])[3:]
-    done = subprocess.run([sys.executable, "-m", "llama", "complete", *words], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == lines[shown + 3] + "\n", done.stderr

@@ -17,7 +17,8 @@ def read_identity(output: Path) -> dict[str, Any] | None:
     """What the run that began this output was; None where none did."""
     path = identity_path(output)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return identity
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

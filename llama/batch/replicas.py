@@ -47,7 +47,7 @@ class Replicas:
         number = self.add(name, 1) - 1 if self.leads else 0
         if parallel.model_parallel_size() == 1:
             return number
-        return parallel.broadcast(number, self._device, fairscale_groups.get_model_parallel_group())
+        return int(parallel.broadcast(number, self._device, fairscale_groups.get_model_parallel_group()))
 
     @parallel.with_peers
     def add(self, name: str, amount: int) -> int:

@@ -78,7 +78,7 @@ def run_batch(
             ) from None
         finally:
             progress.close()
-        return _end(results, done, replicas, failed, total, ordered, quiet) if first else 0
+        return _end(results, done, replicas, failed, total, ordered, quiet) if first and results else 0
 
 
 def stream_batch(
@@ -101,7 +101,7 @@ def stream_batch(
     progress = Progress(total, 0, quiet=quiet or not first or sys.stdout.isatty())
     try:
         while block := replicas.from_first(next(blocks, None)):
-            results = _run_block(llama, [read_line(*line, form, params, llama.seed) for line in block])
+            results = _run_block(llama, [read_line(number, data, form, params, llama.seed) for number, data in block])
             for line, result in sorted(results, key=lambda pair: pair[0].number) if ordered else results:
                 if first:
                     sys.stdout.buffer.write(_record(llama, line, result))
@@ -165,7 +165,8 @@ def _identity(llama: "Llama", params: SamplingParams) -> dict[str, Any]:
         "model_parallel_size": parallel.model_parallel_size(),
     }
     identity = {"model": _model(llama), "parameters": asdict(params), "settings": settings}
-    return json.loads(json.dumps(identity))  # as it is read back
+    as_read_back: dict[str, Any] = json.loads(json.dumps(identity))
+    return as_read_back
 
 
 def _model(llama: "Llama") -> str:
@@ -201,13 +202,13 @@ def _record(llama: "Llama", line: Line, result: Any) -> bytes:
 
 
 def _run_block(llama: "Llama", lines: list[Line]) -> Iterator[tuple[Line, Any]]:
-    good = [line for line in lines if line.error is None]
+    good = [(line, line.params) for line in lines if line.error is None and line.params]
     for line in lines:
         if line.error is not None:
             yield line, None
     llama.turns.do(llama.engine.clear_prefix_cache)
-    for index, result in llama.run_each([line.prompt for line in good], [line.params for line in good]):
-        yield good[index], result
+    for index, result in llama.run_each([line.prompt for line, _ in good], [params for _, params in good]):
+        yield good[index][0], result
 
 
 def _count(replicas: Replicas, result: Any) -> None:

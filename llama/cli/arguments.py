@@ -93,7 +93,8 @@ def parsed_as_typed(command: Command) -> Command:
     def read(word: str) -> Any:
         return word.removeprefix(_AS_TEXT) if word.startswith(_AS_TEXT) else DefaultParseValue(word)
 
-    return SetParseFn(read)(SetParseFns(**readers)(command))
+    readable: Command = SetParseFn(read)(SetParseFns(**readers)(command))
+    return readable
 
 
 def words(command: Command, given: Sequence[str], name: str) -> list[str] | None:

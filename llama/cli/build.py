@@ -78,7 +78,7 @@ def import_libraries(quiet: bool) -> None:
         import sentencepiece  # noqa: F401
 
         import llama.generation  # noqa: F401
-        from llama.kernels.dispatch import load
+        from llama.kernels.library import load
 
         load()
 

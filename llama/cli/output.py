@@ -51,7 +51,7 @@ def show_completions(
     whole = as_json or as_tokens or params.num_beams > 1 or not sys.stdout.isatty()
     stream = _Stream(texts) if speaks and not whole else None
     done = []
-    for index, result in in_order(llama.run_each(texts, params, on_text=stream and stream.add)):
+    for index, result in in_order(llama.run_each(texts, params, on_text=stream.add if stream else None)):
         done.append(result)
         if stream:
             stream.end("\n" if isinstance(result, LlamaError) else _after_first(result))

@@ -35,7 +35,7 @@ def test_the_first_page_has_every_command_and_a_way_to_start(columns: int) -> No
         assert said in text
 
 
-def command(
+def command(  # noqa: PLR0913
     file: str, to: str = "here", *texts: str, output: str, n: int = 1, x: float | None = None, json: bool = False,
     ready: bool = True, stop: Sequence[str] = (), ids: Sequence[int] = (), bias: Mapping[int, float] = {},
 ) -> None:  # fmt: skip

@@ -187,7 +187,8 @@ def _follow(llama: "Llama", group: "ProcessGroup | None") -> None:
     """Take part in each turn of the first rank, which says what goes wrong in it."""
     while (turn := parallel.broadcast(None, CPU, group)) is not None:
         with contextlib.suppress(LlamaError, KeyboardInterrupt):
-            _complete(llama, *turn, show=lambda piece: None, group=group)
+            dialog, params = turn
+            _complete(llama, dialog, params, show=lambda piece: None, group=group)
 
 
 def _lost(dialog: Dialog, answer: _Answer, result: "ChatPrediction | None") -> str:
