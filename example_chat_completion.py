@@ -5,7 +5,7 @@ torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-ch
 """
 
 from llama.cli.build import checkpoint_paths
-from llama.cli.commands import FilePath, is_main, run, show
+from llama.cli.commands import FilePath, is_first, run, show
 
 DIALOGS = [
     [{"role": "user", "content": "What sound does a cow make?"}],
@@ -51,7 +51,7 @@ def main(
     dialogs = DIALOGS if prompts_file is None else read_dialogs(prompts_file)
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
     results = llama.chat_completion(dialogs, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
-    if is_main():
+    if is_first():
         for dialog, result in zip(dialogs, results, strict=True):
             for message in dialog:
                 show(f"{message['role'].capitalize()}: {message['content']}\n")

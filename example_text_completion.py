@@ -5,7 +5,7 @@ torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b/ -
 """
 
 from llama.cli.build import checkpoint_paths
-from llama.cli.commands import FilePath, is_main, run, show
+from llama.cli.commands import FilePath, is_first, run, show
 
 PROMPTS = [
     "Once upon a time there was a small fox named Tom.",
@@ -44,7 +44,7 @@ def main(
     prompts = PROMPTS if prompts_file is None else read_prompts(prompts_file)
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
     results = llama.text_completion(prompts, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
-    if is_main():
+    if is_first():
         for prompt, result in zip(prompts, results, strict=True):
             show(f"{prompt}\n> {result['generation']}\n\n==================================\n")
 

@@ -132,7 +132,7 @@ def measure(folder: Path, shape: str, runs: int, only: str | None) -> dict[tuple
         if runner == "llama.cpp":
             make_gguf(folder, precision)
         elif precision != "bf16" and not (folder / precision).exists():
-            quantize(folder, folder / precision, precision, progress=False)
+            quantize(folder, folder / precision, precision)
     results: dict[tuple[str, str], list[dict[str, float]]] = {pair: [] for pair in pairs}
     for _ in range(runs):
         for pair in pairs:

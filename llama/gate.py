@@ -39,8 +39,8 @@ def show(text: str, end: str = "\n") -> None:
     print(harmless(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
-def say(line: str) -> None:
-    """Print one line for the person who runs this, on stderr; where nothing can be written there, that is silent."""
+def to_stderr(line: str) -> None:
+    """Print one harmless line on stderr; where nothing can be written there, that is silent."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(one_line(line), file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from typing_extensions import Unpack
 
-from llama import parallel
+from llama import log, parallel
 from llama.chat import REFUSAL, ChatPrompt, Dialog, check_dialog, format_dialog, has_special_tags
 from llama.checkpoint import memory
 from llama.engine.engine import Engine
@@ -89,7 +89,7 @@ class Llama:
         llama = Llama(model, tokenizer, seed=options.seed, max_step_tokens=step_tokens)
         llama.ckpt_dir = folder
         seconds = time.perf_counter() - started
-        parallel.say(f"llama: {folder}, {chosen(model, options)}, seed={llama.seed}, loaded in {seconds:.2f} s")
+        log.say(f"{folder}, {chosen(model, options)}, seed={llama.seed}, loaded in {seconds:.2f} s")
         return llama
 
     def __init__(

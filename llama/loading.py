@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from llama import parallel
+from llama import log, parallel
 from llama.checkpoint import loader
 from llama.checkpoint.checklist import verify as verify_checklist
 from llama.checkpoint.source import open_source
@@ -29,7 +29,7 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> tuple[Transf
     parallel.initialize(device, options.model_parallel_size)
     source = open_source(folder)
     if options.verify and parallel.local_rank() == 0:  # once a machine; where it fails, torchrun ends the others
-        verify_checklist(folder, progress=parallel.rank() == 0)
+        verify_checklist(folder)
     tokenizer = Tokenizer(tokenizer_path)
     args = replace(
         source.args, vocab_size=_check_vocabulary(source.args.vocab_size, source.vocab_size, tokenizer),
@@ -41,9 +41,9 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> tuple[Transf
 
         compile_layers(model)
     if (model.weight_format or device.type == "cuda") and (reason := why_not(device)):
-        parallel.say(f"llama: {reason}")
+        log.say(reason)
     if source.ignored:
-        parallel.say(f"llama: ignored in params.json: {', '.join(source.ignored)}")
+        log.say(f"ignored in params.json: {', '.join(source.ignored)}")
     return model, tokenizer
 
 

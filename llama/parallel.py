@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  # by these names they have types
 from torch.distributed import distributed_c10d
 
-from llama import gate
 from llama.errors import DeviceError, ParameterError, PeerError
 
 Given = ParamSpec("Given")
@@ -59,12 +58,6 @@ def model_parallel_rank() -> int:
 
 def model_parallel_size() -> int:
     return int(fairscale_groups.get_model_parallel_world_size())
-
-
-def say(message: str) -> None:
-    """One line for the person who runs this, on stderr, from rank 0 only."""
-    if rank() == 0:
-        gate.say(message)
 
 
 def with_peers(function: Callable[Given, Result]) -> Callable[Given, Result]:

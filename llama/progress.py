@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from llama.gate import one_line, say
+from llama import log
+from llama.gate import one_line
 
 PAUSE = 5.0  # seconds between two lines
 PATIENCE = 1.0  # seconds before a bar of bytes appears
@@ -15,12 +16,12 @@ Move = Callable[[int, str], object]  # move(how many bytes more, what to say bes
 
 
 @contextmanager
-def bar_of_bytes(doing: str, total: int, *, quiet: bool = False) -> Iterator[Move]:
+def bar_of_bytes(doing: str, total: int) -> Iterator[Move]:
     """A bar of `total` bytes that are read or written, in a terminal, for what takes longer than a second.
 
     It moves as often as it is told to, and is gone at the end.
     """
-    if quiet or not _in_terminal():
+    if not (log.is_said() and _in_terminal()):
         yield lambda count, said: None
         return
     with tqdm(
@@ -39,17 +40,18 @@ def _in_terminal() -> bool:
 
 
 class Progress:
-    """Shows requests done, tokens per second in and out, and the time that is left; silent where `quiet`.
+    """Shows requests done, tokens per second in and out, and the time that is left.
 
-    `total` is None where nobody knows yet how many requests there are.
+    `total` is None where nobody knows yet how many requests there are. `hidden`: nothing is shown, since results
+    appear in the same terminal.
     """
 
-    def __init__(self, total: int | None, done: int, *, quiet: bool) -> None:
+    def __init__(self, total: int | None, done: int, *, hidden: bool = False) -> None:
         self._total, self._before = total, done
         self._started = self._said = time.monotonic()
-        self._quiet = quiet
+        self._hidden = hidden
         self._bar = None
-        if not quiet and _in_terminal():
+        if not hidden and log.is_said() and _in_terminal():
             self._bar = tqdm(total=total, initial=done, desc="requests", unit="", dynamic_ncols=True)
 
     def show(self, done: int, read: int, made: int) -> None:
@@ -60,9 +62,9 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(rates, refresh=False)
             self._bar.update(done - self._bar.n)
-        elif not self._quiet and now - self._said >= PAUSE:
+        elif not self._hidden and now - self._said >= PAUSE:
             self._said = now
-            say(f"llama: {done}{self._of()} requests, {rates}{self._left(done, seconds)}")
+            log.say(f"{done}{self._of()} requests, {rates}{self._left(done, seconds)}")
 
     def close(self) -> None:
         if self._bar is not None:

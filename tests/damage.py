@@ -343,10 +343,10 @@ def sound(folder: Path) -> Path:
     first = save(folder / "first", params, random_weights(params, torch.bfloat16))
     demo = Path(__file__).parent.parent / "llama" / "demo"
     shutil.copy(demo / "tokenizer.model", first)
-    writer.reshard(first, folder / "plain", 1, progress=False)
-    writer.reshard(first, folder / "two", 2, progress=False)
+    writer.reshard(first, folder / "plain", 1)
+    writer.reshard(first, folder / "two", 2)
     for form in ("int8", "int4"):
-        writer.quantize(first, folder / form, form, progress=False)
+        writer.quantize(first, folder / form, form)
     save(folder / "plain", params, random_weights(params, torch.bfloat16))  # as torch.save writes it, not as we do
     sums = {name: md5((folder / "plain" / name).read_bytes()).hexdigest() for name in read_checklist(folder / "plain")}
     (folder / "plain" / "checklist.chk").write_text(format_checklist(sums))

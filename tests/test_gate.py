@@ -74,10 +74,10 @@ def test_what_is_said_is_one_line_on_stderr(monkeypatch: pytest.MonkeyPatch) -> 
     """And nothing where stderr is closed: stdout is not its stand-in."""
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.StringIO())
-    gate.say(EVIL)
+    gate.to_stderr(EVIL)
     assert sys.stderr.getvalue().count("\n") == 1 and not ACTING.search(sys.stderr.getvalue())
     monkeypatch.setattr(sys, "stderr", None)
-    gate.say("lost")
+    gate.to_stderr("lost")
     assert sys.stdout.getvalue() == ""
 
 

@@ -23,7 +23,7 @@ FLOORS = (
     ("parallel", "chat", "progress"),
     ("tokenizer", "request", "interrupts"),
     ("paths",),
-    ("errors", "wording"),
+    ("errors", "wording", "log"),
     ("gate",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
@@ -33,7 +33,7 @@ WITHOUT_TORCH = {
     "batch", "batch.identity", "batch.input", "batch.lines", "batch.openai", "batch.results", "engine",
     "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
     "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
-    "errors", "wording", "gate",
+    "errors", "wording", "log", "gate",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from conftest import DEMO
 from llama import Llama, Tokenizer
 from llama.checkpoint.writer import reshard
 from llama.cli import commands
-from llama.cli.arguments import is_path, words
+from llama.cli.arguments import arguments, is_path
 from llama.cli.build import checkpoint_paths
 from llama.errors import LlamaError, ParameterError
 from llama.paths import check_writable, expanded, kind, read
@@ -51,9 +51,10 @@ def test_a_path_has_a_home_and_is_not_empty(home: Path, name: str, flag: inspect
     others = [f"--{p.name}=1" for n, p in FLAGS if n == name and p.default is p.empty and p.name != flag.name]
     others += {"reshard": ["--model_parallel_size=1"], "quantize": ["--quantize=int8"]}.get(name, [])
     for typed, meant in (("~/a b", f"{home}/a b"), ("~", str(home)), ("./~", "./~"), ("-", "-"), ("a~", "a~")):
-        assert f"--{flag.name}={meant}" in words(commands.COMMANDS[name], [f"--{flag.name}={typed}", *others], "it")
+        read = arguments(commands.COMMANDS[name], [f"--{flag.name}={typed}", *others], "it")
+        assert read is not None and read[1][flag.name] == meant
     with pytest.raises(ParameterError, match=rf"^(--{flag.name}|{flag.name.upper()}) is empty: expected the path"):
-        words(commands.COMMANDS[name], [f"--{flag.name}=", *others], "it")
+        arguments(commands.COMMANDS[name], [f"--{flag.name}=", *others], "it")
 
 
 def test_the_environment_has_paths_too(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -196,7 +197,7 @@ def test_what_never_ends_or_never_begins_is_not_read(tmp_path: Path, name: str, 
     with pytest.raises(LlamaError, match=rf"{name} cannot be read: it is a (pipe|device), not a file"):
         Llama.build(str(folder), str(folder / "tokenizer.model"), 16, 1, device="cpu")
     with pytest.raises(LlamaError, match=rf"{name} cannot be read: it is a (pipe|device), not a file"):
-        reshard(folder, tmp_path / "out", 2, progress=False)
+        reshard(folder, tmp_path / "out", 2)
 
 
 def test_no_more_is_read_than_a_file_may_have(tmp_path: Path) -> None:

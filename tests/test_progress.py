@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import DEMO
 
-from llama import Llama, progress
-from llama.checkpoint import loader
+from llama import Llama, log, progress
 from llama.checkpoint.checklist import verify
 from llama.checkpoint.writer import quantize, reshard
 from llama.cli import commands
@@ -22,7 +21,7 @@ def test_lines_come_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch
     """With what is done, tokens per second in and out, and the time that is left at this rate."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    shown = Progress(110, 10, quiet=False)
+    shown = Progress(110, 10)
     for done, seconds in ((11, 1), (20, 9), (21, 10), (60, 25)):
         now[0] = 100.0 + seconds
         shown.show(done, read=1000 * seconds, made=50 * seconds)
@@ -37,14 +36,16 @@ def test_a_total_that_nobody_knows_is_not_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress.time, "monotonic", iter((0.0, 10.0)).__next__)
-    Progress(None, 0, quiet=False).show(20, read=1000, made=50)
+    Progress(None, 0).show(20, read=1000, made=50)
     assert capsys.readouterr().err == "llama: 20 requests, 100 tokens/s in, 5 out\n"
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PAUSE", 0)
-    shown = Progress(10, 0, quiet=True)
+    shown = Progress(10, 0, hidden=True)
     shown.show(5, 100, 100)
+    with log.quiet():
+        Progress(10, 0).show(5, 100, 100)
     shown.close()
     assert not capsys.readouterr().err
 
@@ -52,7 +53,7 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 def test_a_terminal_gets_one_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(progress.time, "monotonic", iter(range(0, 100, 2)).__next__)
-    shown = Progress(8, 2, quiet=False)
+    shown = Progress(8, 2)
     shown.show(8, 600, 60)
     shown.close()
     last = capsys.readouterr().err.split("\r")[-1]
@@ -162,5 +163,5 @@ def test_quiet_has_no_bar(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("slow")
 def test_one_process_of_several_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "rank", lambda: 1)
+    monkeypatch.setattr(log, "is_first", lambda: False)
     assert "loading: " not in seen(lambda: load(tmp_path))

@@ -8,6 +8,7 @@ A choice of a token that another processor's rounding could turn over is an erro
 import contextlib
 import io
 import json
+import logging
 import os
 import runpy
 import shlex
@@ -88,6 +89,7 @@ def main() -> None:
             names: dict[str, Any] = {}
             results.append([shown(kind, text, names) for kind, text in page])
             os.chdir(ROOT)
+            logging.getLogger("llama").setLevel(logging.NOTSET)
     json.dump(results, sys.__stdout__)
 
 

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama import parallel
+from llama import log, parallel
 from llama.batch.identity import check_same, read_identity, write_identity
 from llama.batch.input import drop_input_copy, measure, settle_input
 from llama.batch.lines import Format, Line, error_line, numbered_lines, read_line, repeated_id, result_line
@@ -35,7 +35,7 @@ BLOCK = 8  # lines of a block for each sequence that is held at once: at a block
 
 def run_batch(
     llama: "Llama", file: str, form: Format, output: str, params: SamplingParams,
-    *, fresh_seed: bool = False, ordered: bool = False, quiet: bool = False,
+    *, fresh_seed: bool = False, ordered: bool = False,
 ) -> int:  # fmt: skip
     """Complete every line of `file` into `output`; return how many failed (on rank 0; 0 elsewhere).
 
@@ -47,11 +47,11 @@ def run_batch(
     first = parallel.rank() == 0
     with contextlib.ExitStack() as files:
         results = files.enter_context(ResultFile(out)) if first else None
-        begun = _begin(llama, file, form, results, params, fresh_seed, quiet) if results else None
+        begun = _begin(llama, file, form, results, params, fresh_seed) if results else None
         path, seed, total, done, failed = replicas.from_first(begun)
         if results is None and replicas.leads:
             results = files.enter_context(ResultFile(part(out, replicas.index)))
-        progress = Progress(total, len(done), quiet=quiet or not first)
+        progress = Progress(total, len(done))
         before = len(done)
 
         def show() -> None:
@@ -70,7 +70,7 @@ def run_batch(
             for _ in replicas.wait():
                 show()
         except KeyboardInterrupt:
-            parallel.say(f"llama: stopped; {output} has what is finished, and the same command again does the rest")
+            log.say(f"stopped; {output} has what is finished, and the same command again does the rest")
             raise
         except PeerError as error:
             raise PeerError(
@@ -78,12 +78,10 @@ def run_batch(
             ) from None
         finally:
             progress.close()
-        return _end(results, done, replicas, failed, total, ordered, quiet) if first and results else 0
+        return _end(results, done, replicas, failed, total, ordered) if first and results else 0
 
 
-def stream_batch(
-    llama: "Llama", file: str, form: Format, params: SamplingParams, *, ordered: bool = False, quiet: bool = False
-) -> int:
+def stream_batch(llama: "Llama", file: str, form: Format, params: SamplingParams, *, ordered: bool = False) -> int:
     """Complete every line of `file` onto standard output, each when it is finished; return how many failed.
 
     Every rank calls this. Nothing is kept, so there is nothing to go on with; the records are those of a file.
@@ -98,7 +96,7 @@ def stream_batch(
     first = parallel.rank() == 0
     blocks = (list(lines) for _, lines in _blocks(llama, numbered_lines(file) if first else iter(())))
     total = measure(file)[1] if file != "-" and os.path.isfile(file) else None
-    progress = Progress(total, 0, quiet=quiet or not first or sys.stdout.isatty())
+    progress = Progress(total, 0, hidden=sys.stdout.isatty())
     try:
         while block := replicas.from_first(next(blocks, None)):
             results = _run_block(llama, [read_line(number, data, form, params, llama.seed) for number, data in block])
@@ -111,8 +109,7 @@ def stream_batch(
     finally:
         progress.close()
     failed = replicas.add("failed", 0)
-    if not quiet:
-        parallel.say(f"llama: {replicas.add('requests', 0)} requests on standard output{_failed(failed)}")
+    log.say(f"{replicas.add('requests', 0)} requests on standard output{_failed(failed)}")
     return failed
 
 
@@ -123,7 +120,6 @@ def _begin(
     results: ResultFile,
     params: SamplingParams,
     fresh_seed: bool,
-    quiet: bool,
 ) -> tuple[str, int, int, LineSet, int]:
     """(Path of the lines, seed, number of requests, those done before, how many of them failed), after all checks."""
     out, done = results.path, LineSet()
@@ -144,10 +140,10 @@ def _begin(
         write_identity(out, identity)
     results.cut_torn_end()
     failed += join_parts(results, done)
-    if form == "jsonl" and not quiet and (repeated := repeated_id(path)):
-        parallel.say(f"llama: {file}: {repeated}")
-    if done and not quiet:
-        parallel.say(f"llama: {out} has {len(done)} of {total} requests already")
+    if form == "jsonl" and (repeated := repeated_id(path)):
+        log.say(f"{file}: {repeated}")
+    if done:
+        log.say(f"{out} has {len(done)} of {total} requests already")
     return path, identity["settings"]["seed"], total, done, failed
 
 
@@ -220,9 +216,7 @@ def _count(replicas: Replicas, result: Any) -> None:
     replicas.add("made", sum(sample["completion_tokens"] for sample in result.get("samples", [result])))
 
 
-def _end(
-    results: ResultFile, done: LineSet, replicas: Replicas, failed: int, total: int, ordered: bool, quiet: bool
-) -> int:
+def _end(results: ResultFile, done: LineSet, replicas: Replicas, failed: int, total: int, ordered: bool) -> int:
     """Join what the replicas wrote, sort it if asked, and say what came of it."""
     failed += replicas.add("failed", 0)
     results.scan(done)
@@ -230,8 +224,7 @@ def _end(
     if ordered:
         sort_by_line(results.path)
     drop_input_copy(results.path)
-    if not quiet:
-        parallel.say(f"llama: {len(done)} of {total} requests in {results.path}{_failed(failed)}")
+    log.say(f"{len(done)} of {total} requests in {results.path}{_failed(failed)}")
     return failed
 
 

@@ -45,7 +45,7 @@ def format_checklist(sums: dict[str, str]) -> str:
     return "".join(f"{md5}  {name}\n" for name, md5 in sums.items())
 
 
-def verify(folder: Path, *, progress: bool = True) -> int:
+def verify(folder: Path) -> int:
     """Compare every file that the checklist names with its sum; return how many files there were.
 
     Raises CheckpointError that names every file that is missing or differs.
@@ -54,7 +54,7 @@ def verify(folder: Path, *, progress: bool = True) -> int:
     present = [name for name in sums if os.path.isfile(folder / name)]  # of a damaged name Path.is_file may raise
     faults = [f"{name} is missing" for name in sums if name not in present]
     total = sum((folder / name).stat().st_size for name in present)
-    with bar_of_bytes("verifying", total, quiet=not progress) as move:
+    with bar_of_bytes("verifying", total) as move:
         for name in present:
             if _sum_of(folder / name, move) != sums[name]:
                 faults.append(f"{name} differs")

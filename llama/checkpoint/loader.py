@@ -28,7 +28,7 @@ from llama.kernels.quantized import BLOCK_ROWS, can_pack, pack, pack_rows, pack_
 from llama.model.args import ModelArgs
 from llama.model.transformer import Transformer
 from llama.options import RunOptions
-from llama.parallel import model_parallel_rank, model_parallel_size, rank
+from llama.parallel import model_parallel_rank, model_parallel_size
 from llama.progress import bar_of_bytes
 
 
@@ -79,7 +79,7 @@ def fill(model: Transformer, source: Source, device: torch.device, dtype: torch.
     sizes = {name: reader.sizes(stored_names(name)) for name, _ in largest_first}
     doing = "loading" if source.args.quantize == model.weight_format else f"loading as {model.weight_format}"
     count, of = 0, sum(map(len, sizes.values()))
-    with bar_of_bytes(doing, sum(map(sum, sizes.values())), quiet=rank() > 0) as move:
+    with bar_of_bytes(doing, sum(map(sum, sizes.values()))) as move:
         for name, _ in largest_first:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)

@@ -41,7 +41,7 @@ _MOST_BYTES = 1 << 26  # of each of them
 NEW = "choose a folder that is new or empty"
 
 
-def reshard(folder: Path, out: Path, processes: int, *, progress: bool = True) -> list[Path]:
+def reshard(folder: Path, out: Path, processes: int) -> list[Path]:
     """Write the checkpoint of `folder` anew in the folder `out`, in one shard for each process; returns their paths.
 
     Dtypes and params.json stay as they are; a tokenizer.model that lies in `folder` comes along. What can be checked is
@@ -65,10 +65,10 @@ def reshard(folder: Path, out: Path, processes: int, *, progress: bool = True) -
     def contents(rank: int, name: str) -> Tensor:
         return _slice(source, name, processes, rank)
 
-    return write_folder(out, [layout] * processes, contents, _copied(folder), progress=progress)
+    return write_folder(out, [layout] * processes, contents, _copied(folder))
 
 
-def quantize(folder: Path, out: Path, weight_format: str, *, progress: bool = True) -> list[Path]:
+def quantize(folder: Path, out: Path, weight_format: str) -> list[Path]:
     """Write the checkpoint of `folder` anew in the folder `out`, its matrices quantised.
 
     As many shards as before; params.json gets "quantize". Raises as `reshard` does, and ParameterError for no format.
@@ -100,7 +100,7 @@ def quantize(folder: Path, out: Path, weight_format: str, *, progress: bool = Tr
 
     files = _copied(folder)
     files["params.json"] = json.dumps({**json.loads(files["params.json"]), "quantize": weight_format}).encode()
-    return write_folder(out, [layout] * shards, contents, files, progress=progress)
+    return write_folder(out, [layout] * shards, contents, files)
 
 
 def _slice(source: Source, name: str, processes: int, rank: int) -> Tensor:
@@ -132,8 +132,6 @@ def write_folder(
     layouts: list[Tensors],
     contents: Callable[[int, str], Tensor],
     files: dict[str, bytes],
-    *,
-    progress: bool = True,
 ) -> list[Path]:
     """Write a shard for each of `layouts`, the small `files`, and checklist.chk with the sums of both: all, or nothing.
 
@@ -147,7 +145,7 @@ def write_folder(
         # As long as consolidated.00.pth or params.json is missing, nobody takes the folder for a checkpoint.
         with (
             _all_or_nothing(out, [*reversed(names), *files, "checklist.chk"]) as places,
-            bar_of_bytes("writing", size, quiet=not progress) as move,
+            bar_of_bytes("writing", size) as move,
         ):
             sums = {}
             for number, (name, layout) in enumerate(zip(names, layouts, strict=True)):

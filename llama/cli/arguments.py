@@ -1,23 +1,23 @@
 """The shell's words → the arguments of a command: text stays as typed, and what no command takes is said first.
 
-fire calls the command and completes its flags in a shell. Left to itself it would turn the prompt "123" into a number,
-take "-" for a separator, give a switch the next prompt as its value, and run before it misses a flag.
+fire alone would turn the prompt "123" into a number, take "-" for a separator, give a switch the next prompt as its
+value, and run a command before it misses a flag. Its reading of numbers, lists and tables is what flags use.
 """
 
 import inspect
-import json
 import os
 import re
 import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any
 
-from fire.decorators import SetParseFn, SetParseFns
 from fire.parser import DefaultParseValue
 
+from llama import log
 from llama.errors import ParameterError
 from llama.paths import FilePath, expanded
 from llama.wording import nearest
@@ -25,7 +25,6 @@ from llama.wording import nearest
 Command = Callable[..., None]
 Flags = Mapping[str, Parameter]  # what may be given as --name=value
 HELP = ("--help", "-h")
-_AS_TEXT = "="  # stands before a positional text, so that fire sees neither a flag nor a separator in it
 _LIKE_A_FLAG = re.compile(r"-(?!\Z|\.?\d)")  # but not "-", "-5" or "-.5"
 
 
@@ -38,31 +37,36 @@ class Flag:
     help: str
 
 
+QUIET = {"quiet": Flag(bool, False, "nothing on stderr but errors.")}  # of every command
+
+
 def with_flags(**groups: dict[str, Flag]) -> Callable[[Command], Command]:
     """Give a command the flags of `groups`: each group reaches it as one keyword argument, name → value.
 
-    The command's docstring ends with its "Args:", under which the flags' own lines are put. `groups` of the result
-    has their names.
+    Beside them it has --quiet, which it knows nothing of. The flags' help texts are put under the "Args:" with which
+    its docstring may end. `groups` of the result has the names of the flags.
     """
 
     def decorate(command: Command) -> Command:
         own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
-        shared = {name: flag for group in groups.values() for name, flag in group.items()}
+        added = QUIET | {name: flag for group in groups.values() for name, flag in group.items()}
 
-        def call(*positional: Any, **named: Any) -> None:
+        def call(*positional: Any, quiet: bool = False, **named: Any) -> None:
             given = {
                 group: {name: named.pop(name, flag.default) for name, flag in flags.items()}
                 for group, flags in groups.items()
             }
-            command(*positional, **named, **given)
+            with log.quiet() if quiet else nullcontext():
+                command(*positional, **named, **given)
 
         parameters = own + [
             Parameter(name, Parameter.KEYWORD_ONLY, default=flag.default, annotation=flag.type)
-            for name, flag in shared.items()
+            for name, flag in added.items()
         ]
-        lines = [f"    {name}: {flag.help}" for name, flag in shared.items()]
+        doc = inspect.cleandoc(command.__doc__ or "")
+        lines = [f"    {name}: {flag.help}" for name, flag in added.items()]
         call.__name__ = command.__name__
-        call.__doc__ = "\n".join([inspect.cleandoc(command.__doc__ or ""), *lines])
+        call.__doc__ = "\n".join([doc if "\nArgs:\n" in doc else f"{doc}\n\nArgs:", *lines])
         call.groups = {group: tuple(flags) for group, flags in groups.items()}  # type: ignore[attr-defined]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return call
@@ -70,62 +74,48 @@ def with_flags(**groups: dict[str, Flag]) -> Callable[[Command], Command]:
     return decorate
 
 
-def _flags_of(command: Command) -> Flags:
-    """Every parameter of a command but *texts: a positional one may be given as a flag too."""
-    parameters = inspect.signature(command).parameters
-    return {name: p for name, p in parameters.items() if p.kind is not Parameter.VAR_POSITIONAL}
+def arguments(command: Command, given: Sequence[str], name: str) -> tuple[list[Any], dict[str, Any]] | None:
+    """What a command is called with for `given`, the words of a shell: by place, and by name. None: it asks for help.
 
-
-def _takes_texts(command: Command) -> bool:
-    """Whether a command has a parameter like *texts."""
-    return any(p.kind is Parameter.VAR_POSITIONAL for p in inspect.signature(command).parameters.values())
-
-
-def parsed_as_typed(command: Command) -> Command:
-    """Tell fire how to read the words that `words` makes: texts as they are, all else as Python literals."""
-    readers: dict[str, Callable[[str], Any]] = {}
-    for name, flag in _flags_of(command).items():
-        if is_path(flag) or flag.annotation in (str, str | None):
-            readers[name] = str
-        elif is_repeatable(flag):
-            readers[name] = json.loads
-
-    def read(word: str) -> Any:
-        return word.removeprefix(_AS_TEXT) if word.startswith(_AS_TEXT) else DefaultParseValue(word)
-
-    readable: Command = SetParseFn(read)(SetParseFns(**readers)(command))
-    return readable
-
-
-def words(command: Command, given: Sequence[str], name: str) -> list[str] | None:
-    """The words that fire is to read for `given`, those of the shell; None where they ask for help.
-
-    Every flag becomes --flag=value; after "--" nothing is a flag. A hyphen in a flag is as good as an underscore.
-    Raises ParameterError for what the command, which errors call `name`, does not take.
+    After "--" nothing is a flag. A hyphen in a flag is as good as an underscore. Raises ParameterError for what the
+    command, which errors call `name`, does not take.
     """
-    flags = _flags_of(command)
-    values: dict[str, list[str]] = {}
+    parameters = inspect.signature(command).parameters
+    flags = {key: p for key, p in parameters.items() if p.kind is not Parameter.VAR_POSITIONAL}
+    sorted_out = _sorted_out(flags, deque(map(as_utf8, given)), name)
+    if sorted_out is None:
+        return None
+    texts, values = sorted_out
+    places = [key for key, p in flags.items() if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    free = [key for key in places if key not in values]
+    values |= {key: [text] for key, text in zip(free, texts, strict=False)}
+    rest = texts[len(free) :]
+    if rest and len(flags) == len(parameters):  # no *texts
+        raise ParameterError(f"nothing takes {rest[0]!r:.60} here: {name} --help says what there is to give")
+    for flag in flags.values():
+        if flag.default is Parameter.empty and flag.name not in values:
+            raise ParameterError(f"{_shown_name(flag)} is missing: {name} --help says what it is")
+    read = {key: _value(flags[key], found) for key, found in values.items()}
+    before = [read.pop(key) for key in places] if rest else []  # all of them were given
+    return before + rest, read
+
+
+def _sorted_out(flags: Flags, queue: "deque[str]", name: str) -> tuple[list[str], dict[str, list[str]]] | None:
+    """The texts among the words, and what each flag was given; None where the words ask for help."""
     texts: list[str] = []
-    queue = deque(map(as_utf8, given))
+    values: dict[str, list[str]] = {}
     while queue:
         word = queue.popleft()
         if word in HELP:
             return None
         if word == "--":
-            texts += queue
-            break
+            return texts + list(queue), values
         if word == "-" or not word.startswith("-"):
             texts.append(word)
         else:
             flag, value = _flag_and_value(word, queue, flags, name)
             values.setdefault(flag.name, []).append(value)
-    rest = _place(texts, flags, values)
-    if rest and not _takes_texts(command):
-        raise ParameterError(f"nothing takes {rest[0]!r:.60} here: {name} --help says what there is to give")
-    for flag in flags.values():
-        if flag.default is Parameter.empty and flag.name not in values:
-            raise ParameterError(f"{_shown_name(flag)} is missing: {name} --help says what it is")
-    return [_joined(flags[key], found) for key, found in values.items()] + [_AS_TEXT + text for text in rest]
+    return texts, values
 
 
 def as_utf8(word: str) -> str:
@@ -188,18 +178,12 @@ def _find(typed: str, flags: Flags, name: str) -> tuple[Parameter, bool]:
     raise ParameterError(f"there is no flag {typed!r:.60}: {hint} (text that begins with - goes after --)")
 
 
-def _place(texts: list[str], flags: Flags, values: dict[str, list[str]]) -> list[str]:
-    """Give texts to the positional flags that have no value yet, in order; return those that are left over."""
-    free = [p.name for p in flags.values() if p.kind is Parameter.POSITIONAL_OR_KEYWORD and p.name not in values]
-    values.update({name: [text] for name, text in zip(free, texts, strict=False)})
-    return texts[len(free) :]
-
-
-def _joined(flag: Parameter, found: list[str]) -> str:
-    """--flag=value, as fire reads it; several texts of one flag become a list."""
+def _value(flag: Parameter, found: list[str]) -> Any:
+    """What a flag's texts are read as: text and paths as they are, all else as a Python literal where it is one."""
     if is_repeatable(flag):
-        return f"--{flag.name}={json.dumps(found)}"
+        return found
     if len(found) > 1:
         raise ParameterError(f"--{flag.name} was given {len(found)} times: give it once")
-    value = expanded(found[0], _shown_name(flag)) if is_path(flag) else found[0]
-    return f"--{flag.name}={value}"
+    if is_path(flag):
+        return expanded(found[0], _shown_name(flag))
+    return found[0] if flag.annotation in (str, str | None) else DefaultParseValue(found[0])

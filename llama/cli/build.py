@@ -1,13 +1,12 @@
 """What the flags of a command say, found and built: the checkpoint, its tokenizer, the model."""
 
 import contextlib
-import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama.cli.shell import tell, without_stderr
+from llama import log
+from llama.cli.shell import without_stderr
 from llama.errors import LlamaError
 from llama.paths import FilePath, expanded
 
@@ -27,7 +26,7 @@ def checkpoint_paths(ckpt_dir: str | None, tokenizer_path: str | None) -> tuple[
         named = _from_environment("LLAMA_CKPT_DIR")
         if not named and tokenizer_path is not None:
             raise LlamaError("--tokenizer_path was given without --ckpt_dir: give both, or neither for the demo")
-        tell(f"llama: no --ckpt_dir: running {f'LLAMA_CKPT_DIR={named}' if named else 'the bundled demo checkpoint'}")
+        log.say(f"no --ckpt_dir: running {f'LLAMA_CKPT_DIR={named}' if named else 'the bundled demo checkpoint'}")
         ckpt_dir = named or str(DEMO)
     return str(ckpt_dir), str(tokenizer_path or _find_tokenizer(Path(str(ckpt_dir))))
 
@@ -48,43 +47,35 @@ def _find_tokenizer(folder: Path) -> Path:
     return beside
 
 
-def checkpoint_folder(ckpt_dir: str | None, quiet: bool) -> Path:
+def checkpoint_folder(ckpt_dir: str | None) -> Path:
     """The checkpoint folder of a command that needs no tokenizer."""
     found = ckpt_dir or _from_environment("LLAMA_CKPT_DIR")
-    if not found and not quiet:
-        tell("llama: no checkpoint folder: this is the bundled demo checkpoint")
+    if not found:
+        log.say("no checkpoint folder: this is the bundled demo checkpoint")
     return Path(found or DEMO)
 
 
-def build(model: dict[str, Any], at_once: int, quiet: bool) -> "Llama":
+def build(model: dict[str, Any], at_once: int) -> "Llama":
     """Build what the flags of a command say; a batch size that was not said is `at_once`."""
-    import_libraries(quiet)
+    import_libraries()
     from llama import Llama
 
-    with _silenced(quiet):
-        paths = checkpoint_paths(model["ckpt_dir"], model.get("tokenizer_path"))
-        options = {name: value for name, value in model.items() if name not in ("ckpt_dir", "tokenizer_path")}
-        if options.get("max_batch_size") is None:
-            options["max_batch_size"] = at_once
-        return Llama.build(*paths, **options)
+    paths = checkpoint_paths(model["ckpt_dir"], model.get("tokenizer_path"))
+    options = {name: value for name, value in model.items() if name not in ("ckpt_dir", "tokenizer_path")}
+    if options.get("max_batch_size") is None:
+        options["max_batch_size"] = at_once
+    return Llama.build(*paths, **options)
 
 
-def import_libraries(quiet: bool) -> None:
-    """Import torch and all that is built on it; where `quiet`, without what native libraries say by themselves.
+def import_libraries() -> None:
+    """Import torch and all that is built on it; with --quiet without what native libraries say by themselves.
 
     GNU's OpenMP, for one, speaks of each of its variables that it cannot read, in every library that brings it along.
     """
-    with without_stderr() if quiet else contextlib.nullcontext():
+    with contextlib.nullcontext() if log.is_said() else without_stderr():
         import sentencepiece  # noqa: F401
 
         import llama.generation  # noqa: F401
         from llama.kernels.library import load
 
         load()
-
-
-@contextlib.contextmanager
-def _silenced(quiet: bool) -> Iterator[None]:
-    """Where `quiet`, without what is written to stderr; errors are raised, so they are still said."""
-    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-        yield

@@ -1,18 +1,21 @@
 """The `llama` command: parse, call, print, exit code."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama.cli.arguments import with_flags
+from llama import log
+from llama.cli.arguments import Command, with_flags
 from llama.cli.build import DEMO, build, checkpoint_folder, import_libraries
 from llama.cli.flags import MODEL, SAMPLING, sampling_params
 from llama.cli.output import show_completions
-from llama.cli.shell import is_main, run, tell
+from llama.cli.shell import run
 from llama.errors import LlamaError, ParameterError, PromptError
-from llama.gate import json_line, one_line, show
+from llama.gate import json_line, one_line, show, to_stderr
+from llama.log import is_first
 from llama.paths import FilePath, check_writable
 
 if TYPE_CHECKING:
@@ -26,10 +29,21 @@ HTML_ALTERNATIVES = 5  # what --html shows where --top_logprobs does not say
 # ------------------------------------------------------------------------------------------------------- the commands
 
 
+def _once(command: Command) -> Command:
+    """Have a command run by the first process alone: torchrun's others have no part in it."""
+
+    @functools.wraps(command)
+    def call(*positional: Any, **named: Any) -> None:
+        if is_first():
+            command(*positional, **named)
+
+    return call
+
+
 @with_flags(model=MODEL, sampling=SAMPLING)
 def complete(
     *prompts: str, prompt: Sequence[str] = (), json: bool = False, html: FilePath | None = None,
-    show_prompt: bool = False, quiet: bool = False, model: dict[str, Any], sampling: dict[str, Any],
+    show_prompt: bool = False, model: dict[str, Any], sampling: dict[str, Any],
 ) -> None:  # fmt: skip
     """Complete texts.
 
@@ -41,7 +55,6 @@ def complete(
         json: print one JSON object per text.
         html: the file for a page in which hovering a token shows its alternatives.
         show_prompt: show the exact prompt and its tokens, on stderr.
-        quiet: nothing on stderr but errors.
     """
     params = sampling_params(sampling)
     as_tokens = params.logprobs or params.top_logprobs > 0
@@ -49,28 +62,27 @@ def complete(
         check_writable(html)
         params = replace(params, top_logprobs=params.top_logprobs or HTML_ALTERNATIVES)
     params = replace(params, logprobs=params.logprobs or params.top_logprobs > 0)
-    texts = _texts(prompts, prompt, quiet)
-    llama = build(model, max(min(len(texts) * params.n, AT_ONCE), params.num_beams), quiet)
+    texts = _texts(prompts, prompt)
+    llama = build(model, max(min(len(texts) * params.n, AT_ONCE), params.num_beams))
     from llama import parallel  # as _build has done: not earlier, for it imports torch
 
     texts = parallel.broadcast(texts, llama.model.device)  # of the first process, which alone reads standard input
-    if show_prompt:
+    if show_prompt and is_first():
         _show_prompts(llama, texts)
-    results = show_completions(llama, texts, params, as_json=json, as_tokens=as_tokens, speaks=is_main())
+    results = show_completions(llama, texts, params, as_json=json, as_tokens=as_tokens, speaks=is_first())
     done = [(text, r) for text, r in zip(texts, results, strict=True) if not isinstance(r, LlamaError)]
-    if html is not None and is_main():
+    if html is not None and is_first():
         from llama.cli.token_view import page
 
         _write(html, page(done))
-    if not quiet:
-        _say_statistics([result for _, result in done])
+    _say_statistics([result for _, result in done])
     if len(done) < len(texts):
         sys.exit(2)
 
 
 @with_flags(model=MODEL, sampling=SAMPLING)
 def chat(
-    *, system: str | None = None, show_prompt: bool = False, quiet: bool = False, model: dict[str, Any],
+    *, system: str | None = None, show_prompt: bool = False, model: dict[str, Any],
     sampling: dict[str, Any],
 ) -> None:  # fmt: skip
     """Talk with a chat model in the terminal; /help there lists what can be done.
@@ -78,22 +90,21 @@ def chat(
     Args:
         system: the system prompt.
         show_prompt: show the exact prompt of each turn and its tokens, on stderr.
-        quiet: nothing on stderr but errors.
     """
-    import_libraries(quiet)
+    import_libraries()
     from llama.cli.chat.session import talk
     from llama.cli.chat.terminal import check_terminal
 
-    if is_main():
+    if is_first():
         check_terminal()
     params = sampling_params(sampling)
-    llama = build(model, max(params.n, params.num_beams), quiet)
-    talk(llama, params, system=system, show_prompt=show_prompt, quiet=quiet)
+    llama = build(model, max(params.n, params.num_beams))
+    talk(llama, params, system=system, show_prompt=show_prompt)
 
 
 @with_flags(model=MODEL, sampling=SAMPLING)
 def batch(
-    file: FilePath, *, output: FilePath, format: str | None = None, ordered: bool = False, quiet: bool = False,
+    file: FilePath, *, output: FilePath, format: str | None = None, ordered: bool = False,
     model: dict[str, Any], sampling: dict[str, Any],
 ) -> None:  # fmt: skip
     """Complete every prompt of a file; killed at any moment, the same command finishes the rest.
@@ -106,7 +117,6 @@ def batch(
             and such a run cannot be gone on with.
         format: text or jsonl; if left out, jsonl for files named .jsonl or .ndjson, else text.
         ordered: sort the results by line at the end; with --output - as they come, a block at a time.
-        quiet: nothing on stderr but errors.
     """
     from llama.batch.input import check_paths
     from llama.batch.lines import choose_format
@@ -114,21 +124,21 @@ def batch(
     kind = choose_format(file, format)
     check_paths(file, output)
     params = sampling_params(sampling)
-    llama = build(model, max(BATCH_AT_ONCE, params.num_beams), quiet)
+    llama = build(model, max(BATCH_AT_ONCE, params.num_beams))
     from llama.batch.run import run_batch, stream_batch  # now that torch is there
 
     if output == "-":
-        failed = stream_batch(llama, file, kind, params, ordered=ordered, quiet=quiet)
+        failed = stream_batch(llama, file, kind, params, ordered=ordered)
     else:
         fresh = model["seed"] is None
-        failed = run_batch(llama, file, kind, output, params, fresh_seed=fresh, ordered=ordered, quiet=quiet)
-    if failed and is_main():
+        failed = run_batch(llama, file, kind, output, params, fresh_seed=fresh, ordered=ordered)
+    if failed and is_first():
         sys.exit(1)
 
 
 @with_flags(model=MODEL)
 def score(
-    file: FilePath, *, format: str | None = None, json: bool = False, top_logprobs: int = 0, quiet: bool = False,
+    file: FilePath, *, format: str | None = None, json: bool = False, top_logprobs: int = 0,
     model: dict[str, Any],
 ) -> None:  # fmt: skip
     """Print the perplexity of every text of a file, without generating.
@@ -140,7 +150,6 @@ def score(
         format: text or jsonl; if left out, jsonl for files named .jsonl or .ndjson, else text.
         json: print one JSON object per text, with the log-probability of each token.
         top_logprobs: with --json, show so many of the most probable tokens at each place.
-        quiet: nothing on stderr but errors.
     """
     from llama.batch.lines import choose_format
     from llama.cli.score import Total, heading, opened, row, scores
@@ -148,24 +157,24 @@ def score(
     if top_logprobs and not json:
         raise ParameterError(f"top_logprobs={top_logprobs!r} is shown in JSON alone: add --json")
     kind = choose_format(file, format)
-    lines = opened(file) if is_main() else iter(())
-    llama = build(model, AT_ONCE, quiet)
+    lines = opened(file) if is_first() else iter(())
+    llama = build(model, AT_ONCE)
     total = Total()
-    if is_main() and not json:
+    if is_first() and not json:
         show(heading())
     for result in scores(llama, lines, kind, top_logprobs):
         total.add(result)
-        if is_main():
+        if is_first():
             print(json_line(result) if json else row(result), flush=True)
-    if not quiet:
-        tell(total.line())
+    log.say(total.line())
     if total.failed:
         sys.exit(1)
 
 
+@with_flags()
+@_once
 def info(
     ckpt_dir: FilePath | None = None, *, max_seq_len: int = 2048, max_batch_size: int = AT_ONCE, json: bool = False,
-    quiet: bool = False,
 ) -> None:  # fmt: skip
     """Describe a checkpoint, and what of it fits on this machine, without loading its weights.
 
@@ -174,34 +183,32 @@ def info(
         max_seq_len: the most tokens of one sequence, for the size of the KV cache.
         max_batch_size: how many sequences are held at once, for the size of the KV cache.
         json: print one JSON object.
-        quiet: nothing on stderr but errors.
     """
-    if not is_main():
-        return  # torchrun's other processes have no part in it
-    import_libraries(quiet)
+    import_libraries()
     from llama.checkpoint import info
 
-    found = info.describe(checkpoint_folder(ckpt_dir, quiet), max_seq_len, max_batch_size)
+    found = info.describe(checkpoint_folder(ckpt_dir), max_seq_len, max_batch_size)
     print(json_line(found) if json else info.text(found))
 
 
-def verify(ckpt_dir: FilePath | None = None, *, quiet: bool = False) -> None:
+@with_flags()
+@_once
+def verify(ckpt_dir: FilePath | None = None) -> None:
     """Compare a checkpoint's files with the sums in its checklist.chk.
 
     Args:
         ckpt_dir: the checkpoint folder; else LLAMA_CKPT_DIR, else the bundled demo.
-        quiet: nothing on stderr but errors.
     """
     from llama.checkpoint import checklist
 
-    if not is_main():
-        return  # torchrun's other processes have no part in it
-    folder = checkpoint_folder(ckpt_dir, quiet)
-    count = checklist.verify(folder, progress=not quiet)
+    folder = checkpoint_folder(ckpt_dir)
+    count = checklist.verify(folder)
     print(one_line(f"{folder}: {count} files match checklist.chk"))
 
 
-def reshard(ckpt_dir: FilePath, out: FilePath, *, model_parallel_size: int, quiet: bool = False) -> None:
+@with_flags()
+@_once
+def reshard(ckpt_dir: FilePath, out: FilePath, *, model_parallel_size: int) -> None:
     """Write a checkpoint anew for another number of processes, with a fresh checklist.chk.
 
     Not needed to run it (any number of shards loads on any number of processes), but faster to load from slow disks.
@@ -210,18 +217,17 @@ def reshard(ckpt_dir: FilePath, out: FilePath, *, model_parallel_size: int, quie
         ckpt_dir: the checkpoint folder.
         out: the folder to write, new or empty.
         model_parallel_size: how many shards to write.
-        quiet: nothing on stderr but errors.
     """
-    if not is_main():
-        return  # torchrun's other processes have no part in it
-    import_libraries(quiet)
+    import_libraries()
     from llama.checkpoint.writer import reshard
 
-    written = reshard(Path(ckpt_dir), Path(out), model_parallel_size, progress=not quiet)
+    written = reshard(Path(ckpt_dir), Path(out), model_parallel_size)
     print(one_line(f"{out}: {len(written)} shards written"))
 
 
-def quantize(ckpt_dir: FilePath, out: FilePath, *, quantize: str, quiet: bool = False) -> None:
+@with_flags()
+@_once
+def quantize(ckpt_dir: FilePath, out: FilePath, *, quantize: str) -> None:
     """Write a checkpoint anew with the matrices of its layers in int8 or int4, with a fresh checklist.chk.
 
     It is a half or a quarter of the size, loads as it is, and runs like any other checkpoint.
@@ -230,27 +236,24 @@ def quantize(ckpt_dir: FilePath, out: FilePath, *, quantize: str, quiet: bool = 
         ckpt_dir: the checkpoint folder.
         out: the folder to write, new or empty.
         quantize: int8 or int4.
-        quiet: nothing on stderr but errors.
     """
-    if not is_main():
-        return  # torchrun's other processes have no part in it
-    import_libraries(quiet)
+    import_libraries()
     from llama.checkpoint import writer
 
-    written = writer.quantize(Path(ckpt_dir), Path(out), quantize, progress=not quiet)
+    written = writer.quantize(Path(ckpt_dir), Path(out), quantize)
     print(one_line(f"{out}: {len(written)} shard{'s' if len(written) > 1 else ''} written in {quantize}"))
 
 
-def demo(*, quiet: bool = False) -> None:
+@with_flags()
+def demo() -> None:
     """Show what the bundled demo checkpoint can do: a story, an answer, and what to try next.
 
     Args:
-        quiet: nothing on stderr but errors.
     """
     from llama.cli.demo_scenes import scenes
 
-    for scene in scenes(build({"ckpt_dir": str(DEMO), "max_seq_len": 512}, AT_ONCE, quiet)):
-        if is_main():
+    for scene in scenes(build({"ckpt_dir": str(DEMO), "max_seq_len": 512}, AT_ONCE)):
+        if is_first():
             show(f"{scene}\n")
 
 
@@ -267,19 +270,19 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------ what they share
 
 
-def _texts(prompts: Sequence[str], more: Sequence[str], quiet: bool) -> list[str]:
+def _texts(prompts: Sequence[str], more: Sequence[str]) -> list[str]:
     """The texts to complete; in the place of "-" what the first process reads from standard input."""
     if not prompts and not more:
         raise PromptError("no prompt: give llama complete a text, or - for standard input, or --prompt=TEXT")
     if prompts.count("-") > 1:
         raise PromptError(f"- was given {prompts.count('-')} times, but standard input is read once: give it once")
-    return [_standard_input(quiet) if text == "-" and is_main() else text for text in prompts] + list(more)
+    return [_standard_input() if text == "-" and is_first() else text for text in prompts] + list(more)
 
 
-def _standard_input(quiet: bool) -> str:
+def _standard_input() -> str:
     """All of standard input as one text, without the newline that ends it."""
-    if sys.stdin.isatty() and not quiet:
-        tell("llama: reading the prompt from the terminal; Ctrl-D ends it")
+    if sys.stdin.isatty():
+        log.say("reading the prompt from the terminal; Ctrl-D ends it")
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -298,7 +301,7 @@ def _write(path: str, text: str) -> None:
 def _show_prompts(llama: "Llama", texts: list[str]) -> None:
     for text in texts:
         tokens = llama.tokenizer.encode(text, bos=True, eos=False)
-        tell(f"llama: prompt {text!r}, {len(tokens)} tokens: {tokens}")
+        to_stderr(f"llama: prompt {text!r}, {len(tokens)} tokens: {tokens}")
 
 
 def _say_statistics(results: list[Any]) -> None:
@@ -310,4 +313,4 @@ def _say_statistics(results: list[Any]) -> None:
     seconds = max(sample["time"] for result in results for sample in result.get("samples", [result]))
     first = [result["time_to_first_token"] for result in results if result["time_to_first_token"] is not None]
     began = f", the first after {min(first):.2f} s" if first else ""
-    tell(f"llama: {read} tokens in, {made} out in {seconds:.2f} s ({made / max(seconds, 1e-9):.1f} tokens/s){began}")
+    log.say(f"{read} tokens in, {made} out in {seconds:.2f} s ({made / max(seconds, 1e-9):.1f} tokens/s){began}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama.errors import LlamaError
-from llama.gate import harmless, json_line, say
+from llama.gate import harmless, json_line, to_stderr
 from llama.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def show_completions(
             continue
         if isinstance(result, LlamaError):
             which = f"prompt {index}: " if len(texts) > 1 else ""
-            say(f"llama: {which}{result}")
+            to_stderr(f"llama: {which}{result}")
         elif as_json:
             print(json_line({"prompt": texts[index], **prediction_fields(result)}), flush=True)
         elif not stream:

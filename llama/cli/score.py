@@ -39,7 +39,7 @@ class Total:
         perplexity = f"perplexity {math.exp(-self.logprob / self.tokens):.4f}" if self.tokens else "no perplexity"
         failed = f", {self.failed} failed" if self.failed else ""
         texts = "1 text" if self.texts == 1 else f"{self.texts} texts"
-        return f"llama: {texts}{failed}, {self.tokens} scored tokens, {perplexity}"
+        return f"{texts}{failed}, {self.tokens} scored tokens, {perplexity}"
 
 
 def opened(file: str) -> Iterator[tuple[int, bytes]]:

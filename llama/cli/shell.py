@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
@@ -11,22 +12,11 @@ from pathlib import Path
 
 import fire
 
-from llama import __version__
-from llama.cli.arguments import HELP, Command, meant, parsed_as_typed, words
+from llama import __version__, log
+from llama.cli.arguments import HELP, Command, arguments, meant
 from llama.cli.help import overview, page
 from llama.errors import LlamaError, ParameterError
-from llama.gate import say
-
-
-def is_main() -> bool:
-    """Whether this process talks to the person: rank 0 of those that torchrun started, or the only one."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def tell(line: str) -> None:
-    """Print one line on stderr, once for all processes."""
-    if is_main():
-        say(line)
+from llama.gate import to_stderr
 
 
 def wait_briefly() -> None:
@@ -57,14 +47,14 @@ def run(commands: Command | dict[str, Command]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="strict" if stream is sys.stdin else "backslashreplace")
     name = Path(sys.argv[0]).name if callable(commands) else "llama"
-    warnings.showwarning = lambda message, *_: say(f"{name}: {message}")  # a library's, which may quote a file
+    warnings.showwarning = lambda message, *_: log.say(str(message), logging.WARNING)  # a library's
     try:
         _check_output()
         _call(commands, sys.argv[1:], name)
         print(end="", flush=True)  # a pipe that is closed or a disk that is full is still ours to report
     except LlamaError as error:
         if _is_first_to_fail():
-            say(f"{name}: {error}")
+            to_stderr(f"{name}: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports a command that Ctrl-C ended
@@ -112,7 +102,7 @@ def _system_error(error: OSError | UnicodeEncodeError, name: str) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail to write the rest at exit
     if isinstance(error, BrokenPipeError):
         return 141
-    say(f"{name}: {error}")
+    to_stderr(f"{name}: {error}")
     return 2
 
 
@@ -132,17 +122,18 @@ def _call(commands: Command | dict[str, Command], given: list[str], name: str) -
 
 
 def _call_one(command: Command, given: list[str], name: str) -> None:
-    read = words(command, given, name)
+    read = arguments(command, given, name)
     if read is None:
         print(page(command, name))
     else:
         check_cores()
-        fire.Fire(parsed_as_typed(command), command=read, name=name)
+        places, named = read
+        command(*places, **named)
 
 
 def _is_first_to_fail() -> bool:
     parallel = sys.modules.get("llama.parallel")
-    return parallel.is_first_to_fail() if parallel else is_main()
+    return parallel.is_first_to_fail() if parallel else log.is_first()
 
 
 def _leave_group() -> None:

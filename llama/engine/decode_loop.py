@@ -14,7 +14,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from llama import parallel
+from llama import log, parallel
 from llama.engine.sampling import sample_all
 from llama.model import flash_attention
 from llama.model.attention import gpu_kernels_for
@@ -169,7 +169,7 @@ class DecodeLoop:
         try:
             self._steps[kind] = self._capture(work)
         except RuntimeError as error:
-            parallel.say(f"llama: no CUDA graphs ({str(error).splitlines()[0]}): decode steps are slower without")
+            log.say(f"no CUDA graphs ({str(error).splitlines()[0]}): decode steps are slower without")
             self._capture = as_it_is
             self._steps[kind] = work
         return self._steps[kind]

@@ -17,7 +17,7 @@ import pytest
 from batch_files import environment, lines, records, sorted_lines
 from conftest import DEMO, ROOT
 
-from llama import Llama, SamplingParams
+from llama import Llama, SamplingParams, log
 from llama.batch.identity import identity_path
 from llama.batch.input import check_paths
 from llama.batch.run import BLOCK, run_batch, stream_batch
@@ -39,7 +39,8 @@ def prompts(tmp_path: Path) -> Path:
 
 def run(llama: Llama, file: Path, output: Path, form: str = "jsonl", **options: Any) -> int:
     params = options.pop("params", SamplingParams(max_gen_len=12))
-    return run_batch(llama, str(file), form, str(output), params, quiet=True, **options)
+    with log.quiet():
+        return run_batch(llama, str(file), form, str(output), params, **options)
 
 
 # ----------------------------------------------------------------------------------------------------- what comes out
@@ -120,8 +121,8 @@ def test_standard_output_gets_the_records_of_a_file(
             os.mkfifo(pipe)
             writer = subprocess.Popen(["cp", str(prompts), str(pipe)])
         flows = str(pipe if source == "pipe" else prompts)
-        options = {"ordered": ordered, "quiet": True}
-        assert stream_batch(bfloat16, flows, "jsonl", SamplingParams(max_gen_len=12), **options) == failed
+        with log.quiet():
+            assert stream_batch(bfloat16, flows, "jsonl", SamplingParams(max_gen_len=12), ordered=ordered) == failed
         if source == "pipe":
             writer.wait()
             pipe.unlink()

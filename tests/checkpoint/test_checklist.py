@@ -25,7 +25,7 @@ def test_whole_files_pass(tmp_path: Path) -> None:
     (tmp_path / "checklist.chk").write_text(
         "\n" + text.replace("  ", " *").upper().replace("A\n", "a\n").replace("B\n", "b\n")
     )
-    assert verify(tmp_path, progress=False) == 2
+    assert verify(tmp_path) == 2
 
 
 def test_every_fault_is_named(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_every_fault_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"onE")
     (tmp_path / "b").unlink()
     with pytest.raises(CheckpointError, match=r"b is missing, a differs; download again"):
-        verify(tmp_path, progress=False)
+        verify(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ def test_a_damaged_name_is_a_missing_file(tmp_path: Path) -> None:
         errors="surrogateescape"
     ))  # fmt: skip
     with pytest.raises(CheckpointError, match=r"a+ is missing, a.+b is missing, \ufffdc is missing"):
-        verify(tmp_path, progress=False)
+        verify(tmp_path)
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     text = write(tmp_path, a=b"one")
     (tmp_path / "checklist.chk").write_text(text, encoding="utf-8-sig")
-    assert verify(tmp_path, progress=False) == 1
+    assert verify(tmp_path) == 1

@@ -109,7 +109,7 @@ def test_no_tensor_of_the_meta_device_reaches_native_code(tmp_path: Path, small:
     folder = plain
     if quantize:
         folder = tmp_path / quantize
-        writer.quantize(plain, folder, quantize, progress=False)
+        writer.quantize(plain, folder, quantize)
     tensors = torch.load(folder / "consolidated.00.pth")
     torch.save({**tensors, PLACE: tensors[PLACE].to("meta")}, folder / "consolidated.00.pth")
     words = ["complete", "a", "--ckpt_dir", str(folder), "--tokenizer_path", str(DEMO / "tokenizer.model")]

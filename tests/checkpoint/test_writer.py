@@ -49,7 +49,7 @@ def test_shards_are_those_of_a_checkpoint_saved_so(
 ) -> None:
     """M → N: each file holds what Meta's split of the same weights puts there; params.json is the same file."""
     weights = random_weights(SMALL, dtype)
-    written = reshard(save(tmp_path / "in", SMALL, weights, shards), tmp_path / "out", processes, progress=False)
+    written = reshard(save(tmp_path / "in", SMALL, weights, shards), tmp_path / "out", processes)
     expected = save(tmp_path / "expected", SMALL, weights, processes)
     assert written == [tmp_path / "out" / f"consolidated.{rank:02d}.pth" for rank in range(processes)]
     for path in written:
@@ -62,16 +62,16 @@ def test_shards_are_those_of_a_checkpoint_saved_so(
 def test_there_and_back_gives_the_same_files(tmp_path: Path) -> None:
     """1 → 4 → 2 → 1 is 1 → 1, to the byte: nothing but the weights goes into a file, no time and no path."""
     folder = save(tmp_path / "in", SMALL, random_weights(SMALL))
-    (once,) = reshard(folder, tmp_path / "once", 1, progress=False)
+    (once,) = reshard(folder, tmp_path / "once", 1)
     for processes in (4, 2, 1):
-        reshard(folder, tmp_path / str(processes), processes, progress=False)
+        reshard(folder, tmp_path / str(processes), processes)
         folder = tmp_path / str(processes)
     assert (folder / once.name).read_bytes() == once.read_bytes()
 
 
 def test_the_demo_resharded_answers_as_before(demo: Llama, tmp_path: Path) -> None:
     """Its vocabulary is left to the weights, and its tokenizer lies in the folder: both still do."""
-    reshard(DEMO, tmp_path, 4, progress=False)
+    reshard(DEMO, tmp_path, 4)
     assert (tmp_path / "tokenizer.model").read_bytes() == (DEMO / "tokenizer.model").read_bytes()
     resharded = Llama.build(
         str(tmp_path), str(tmp_path / "tokenizer.model"), 512, 8, device="cpu", dtype="float32", verify=True
@@ -84,24 +84,24 @@ def test_the_checklist_names_every_file_and_is_right(tmp_path: Path) -> None:
     reshard(DEMO, tmp_path, 2)
     names = ["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"]
     assert list(read_checklist(tmp_path)) == names
-    assert verify(tmp_path, progress=False) == 4
+    assert verify(tmp_path) == 4
     with open(tmp_path / names[1], "r+b") as file:
         file.seek(100_000)
         file.write(b"\xff\xfe\xfd")
     with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth differs"):
-        verify(tmp_path, progress=False)
+        verify(tmp_path)
 
 
 def test_old_files_rope_frequencies_are_left_out(tmp_path: Path) -> None:
     weights = random_weights(SMALL)
     folder = save(tmp_path / "in", SMALL, {**weights, "rope.freqs": torch.ones(4)})
-    (path,) = reshard(folder, tmp_path / "out", 1, progress=False)
+    (path,) = reshard(folder, tmp_path / "out", 1)
     assert_equal(torch.load(path, weights_only=True), weights)
 
 
 def test_missing_folders_are_made_and_no_progress_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = save(tmp_path / "in", SMALL, random_weights(SMALL))
-    reshard(folder, tmp_path / "a" / "b" / "out", 2, progress=False)
+    reshard(folder, tmp_path / "a" / "b" / "out", 2)
     assert len(open_checked(tmp_path / "a" / "b" / "out")[0].files) == 2
     assert capfd.readouterr() == ("", "")
 
@@ -183,7 +183,7 @@ def refused(error: type[Exception], said: str, folder: Path, out: Path, processe
     """reshard says so in one line, and leaves OUT as it was."""
     before = sorted(out.rglob("*")) if out.exists() else None
     with pytest.raises(error, match=re.escape(said)) as raised:
-        reshard(folder, out, processes, progress=False)
+        reshard(folder, out, processes)
     assert "\n" not in str(raised.value)
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
 
@@ -211,7 +211,7 @@ def test_the_target_must_be_new_or_empty(folder: Path, tmp_path: Path) -> None:
     refused(CheckpointError, f"{file} is a file: {new}", folder, file)
     refused(CheckpointError, f"{file / 'out'} could not be written ({file / 'out'}: ", folder, file / "out")
     (tmp_path / "empty").mkdir()
-    assert len(reshard(folder, tmp_path / "empty", 1, progress=False)) == 1
+    assert len(reshard(folder, tmp_path / "empty", 1)) == 1
 
 
 def test_a_checkpoint_that_would_not_load_is_not_written(folder: Path, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_disk_that_is_too_small_is_known_before(
     refused(CheckpointError, f"{out} needs {need}, but {need} is free on its disk: make room", folder, out, 2)
     assert asked == [tmp_path]
     monkeypatch.setattr(shutil, "disk_usage", usage(size))
-    reshard(folder, out, 2, progress=False)
+    reshard(folder, out, 2)
 
 
 # ------------------------------------------------------------------------------------------ what fails on the way
@@ -297,9 +297,9 @@ def test_an_interruption_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(writer, "read_slice", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            reshard(folder, tmp_path / "out", 2, progress=False)
+            reshard(folder, tmp_path / "out", 2)
     assert not (tmp_path / "out").exists()
-    reshard(folder, tmp_path / "out", 2, progress=False)
+    reshard(folder, tmp_path / "out", 2)
 
 
 def test_at_no_moment_does_a_part_look_like_the_whole(
@@ -319,11 +319,11 @@ def test_at_no_moment_does_a_part_look_like_the_whole(
         rename(path, target)
 
     monkeypatch.setattr(Path, "rename", watched)
-    reshard(folder, out, 4, progress=False)
+    reshard(folder, out, 4)
     assert len(refusals) == 5
     assert "has no consolidated.*.pth" in refusals[0] and "lacks consolidated.00.pth" in refusals[3]
     assert "params.json is missing" in refusals[4]
-    assert verify(out, progress=False) == 5
+    assert verify(out) == 5
 
 
 KILLED = """
@@ -340,7 +340,7 @@ def killed(*arguments):
     read(*arguments)
 
 writer.read_slice = killed
-writer.reshard(Path(sys.argv[1]), Path(sys.argv[2]), 2, progress=False)
+writer.reshard(Path(sys.argv[1]), Path(sys.argv[2]), 2)
 """
 
 
@@ -366,9 +366,9 @@ def resident(which):  # "VmRSS" now, "VmHWM" at its peak; ru_maxrss would begin 
     return 1024 * int(re.search(which + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 small, folder, out, processes = sys.argv[1:]
-reshard(Path(small), Path(small, "out"), 1, progress=False)  # what a first call loads
+reshard(Path(small), Path(small, "out"), 1)  # what a first call loads
 before = resident("VmRSS")
-reshard(Path(folder), Path(out), int(processes), progress=False)
+reshard(Path(folder), Path(out), int(processes))
 print(resident("VmHWM") - before)
 """
 

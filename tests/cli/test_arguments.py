@@ -4,12 +4,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import fire
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llama.cli.arguments import Flag, as_utf8, meant, parsed_as_typed, with_flags, words
+from llama.cli.arguments import Flag, arguments, as_utf8, meant, with_flags
 from llama.errors import ParameterError
 
 SHARED = {
@@ -26,7 +25,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 def called(*given: str, command: Any = None) -> dict[str, Any]:
-    """What a command's body gets for `given`, which fire has read in between."""
+    """What a command's body gets for `given`."""
     found: dict[str, Any] = {}
 
     @with_flags(group=SHARED)
@@ -41,9 +40,10 @@ def called(*given: str, command: Any = None) -> dict[str, Any]:
 
 
 def run(command: Any, *given: str) -> None:
-    read = words(command, given, "llama it")
+    read = arguments(command, given, "llama it")
     assert read is not None
-    fire.Fire(parsed_as_typed(command), command=read)
+    places, named = read
+    command(*places, **named)
 
 
 def copied(file: str, to: str = "here", *, output: str, count: int = 1, quiet: bool = False) -> None:
@@ -77,7 +77,7 @@ def test_bytes_of_any_locale_are_read_as_utf8() -> None:
     """What they were in the shell, however Python decoded them; and no others."""
     assert as_utf8(os.fsdecode("é😀".encode())) == "é😀"
     with pytest.raises(ParameterError, match=r"the argument 'a\\udcff' is not UTF-8 text: type it in UTF-8"):
-        words(copied, [os.fsdecode(b"a\xff")], "llama it")
+        arguments(copied, [os.fsdecode(b"a\xff")], "llama it")
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -125,17 +125,26 @@ def test_a_hyphen_is_as_good_as_an_underscore(flag: str) -> None:
         assert max_step_tokens == 5
 
     run(command, flag, "5")
-    assert words(command, [f"{flag}=5"], "llama it") == ["--max_step_tokens=5"]
+    assert arguments(command, [f"{flag}=5"], "llama it") == ([], {"max_step_tokens": 5})
 
 
 def test_positional_texts_fill_what_no_flag_gave() -> None:
-    assert words(copied, ["123", "--output", "o"], "") == ["--output=o", "--file=123"]
-    assert words(copied, ["there", "--file=-x", "--output=o"], "") == ["--file=-x", "--output=o", "--to=there"]
+    assert arguments(copied, ["123", "--output", "o"], "") == ([], {"output": "o", "file": "123"})
+    found = arguments(copied, ["there", "--file=-x", "--output=o"], "")
+    assert found == ([], {"file": "-x", "output": "o", "to": "there"})
+
+
+def test_texts_come_after_all_that_has_a_place() -> None:
+    def command(file: str, to: str = "here", *texts: str, n: int = 1) -> None: ...
+
+    assert arguments(command, ["a", "--n=2", "b", "c", "d"], "") == (["a", "b", "c", "d"], {"n": 2})
+    assert arguments(command, ["a"], "") == ([], {"file": "a"})
+    assert arguments(command, ["b", "c", "--file=a"], "") == (["a", "b", "c"], {})
 
 
 @pytest.mark.parametrize("given", [["--help"], ["-h"], ["in", "--count", "3", "--help", "--bogus"], ["--quiet", "-h"]])
 def test_help_can_be_asked_for_anywhere_before_an_error(given: list[str]) -> None:
-    assert words(copied, given, "llama it") is None
+    assert arguments(copied, given, "llama it") is None
 
 
 @pytest.mark.parametrize(
@@ -164,7 +173,7 @@ def test_help_can_be_asked_for_anywhere_before_an_error(given: list[str]) -> Non
 )
 def test_what_a_command_does_not_take_is_one_line(given: list[str], said: str) -> None:
     with pytest.raises(ParameterError) as error:
-        words(copied, given, "llama it")
+        arguments(copied, given, "llama it")
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
 
 
@@ -198,4 +207,5 @@ def test_shared_flags_reach_the_command_as_one_argument() -> None:
     command("z", y="Y")
     assert found == {"own": "z", "a": {"x": 1}, "b": {"y": "Y"}}
     assert command.__name__ == "command" and command.groups == {"a": ("x",), "b": ("y",)}
-    assert command.__doc__.endswith("Args:\n    own: its own.\n    x: the x.\n    y: the y.")
+    own = "Args:\n    own: its own.\n    quiet: nothing on stderr but errors.\n    x: the x.\n    y: the y."
+    assert command.__doc__.endswith(own)

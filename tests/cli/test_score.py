@@ -74,13 +74,13 @@ def record(text: str, *logprobs: float) -> dict[str, Any]:
 
 def test_the_sum_weighs_tokens_not_texts() -> None:
     total = Total()
-    assert total.line() == "llama: 0 texts, 0 scored tokens, no perplexity"
+    assert total.line() == "0 texts, 0 scored tokens, no perplexity"
     total.add(record("a", -1.0))
-    assert total.line() == f"llama: 1 text, 1 scored tokens, perplexity {math.e:.4f}"
+    assert total.line() == f"1 text, 1 scored tokens, perplexity {math.e:.4f}"
     total.add(record("b", -2.0, -3.0, -4.0))
     total.add({"line": 3, "error": "no"})
     total.add(record(""))
-    assert total.line() == f"llama: 4 texts, 1 failed, 4 scored tokens, perplexity {math.exp(2.5):.4f}"
+    assert total.line() == f"4 texts, 1 failed, 4 scored tokens, perplexity {math.exp(2.5):.4f}"
 
 
 def test_rows_stand_under_their_heading() -> None:

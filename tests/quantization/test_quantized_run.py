@@ -53,7 +53,7 @@ def test_quality_stays(stories: list[str], name: str, bound: float) -> None:
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_a_stored_checkpoint_is_what_loading_makes_of_the_first(tmp_path: Path, name: str) -> None:
     """Bit for bit, and not quantised again; its checklist holds, and params.json says what it is."""
-    written = quantize(DEMO, tmp_path / "out", name, progress=False)
+    written = quantize(DEMO, tmp_path / "out", name)
     assert json.loads((tmp_path / "out" / "params.json").read_text())["quantize"] == name
     assert written[0].stat().st_size < (DEMO / "consolidated.00.pth").stat().st_size * (
         0.62 if name == "int8" else 0.42
@@ -84,8 +84,8 @@ def test_shards_and_processes_are_as_free_as_ever(tmp_path: Path, name: str) -> 
     weights = random_weights(sizes)
     one, two = save(tmp_path / "one", sizes, weights), save(tmp_path / "two", sizes, weights, 2)
     for folder in (one, two):
-        quantize(folder, folder.with_name(f"{folder.name} quantised"), name, progress=False)
-    reshard(tmp_path / "one quantised", tmp_path / "resharded", 2, progress=False)
+        quantize(folder, folder.with_name(f"{folder.name} quantised"), name)
+    reshard(tmp_path / "one quantised", tmp_path / "resharded", 2)
     for number in range(2):
         shards = [
             torch.load(tmp_path / folder / f"consolidated.{number:02d}.pth", weights_only=True)
@@ -111,15 +111,15 @@ def test_shards_and_processes_are_as_free_as_ever(tmp_path: Path, name: str) -> 
 
 
 def test_what_cannot_be_had_is_refused(tmp_path: Path, build: Callable[..., Llama]) -> None:
-    quantize(DEMO, tmp_path / "int4", "int4", progress=False)
+    quantize(DEMO, tmp_path / "int4", "int4")
     with pytest.raises(CheckpointError, match="int4 is quantised as int4, so quantize=int8 cannot be had of it"):
         demo(tmp_path / "int4", quantize="int8")
     with pytest.raises(CheckpointError, match="is quantised already, as int4"):
-        quantize(tmp_path / "int4", tmp_path / "again", "int4", progress=False)
+        quantize(tmp_path / "int4", tmp_path / "again", "int4")
     with pytest.raises(ParameterError, match="quantize='int3' is not a format"):
         demo(quantize="int3")
     with pytest.raises(ParameterError, match="quantize='int3' is not a format"):
-        quantize(DEMO, tmp_path / "out", "int3", progress=False)
+        quantize(DEMO, tmp_path / "out", "int3")
     shutil.copytree(DEMO, tmp_path / "lie")
     params = json.loads((DEMO / "params.json").read_text())
     (tmp_path / "lie" / "params.json").write_text(json.dumps({**params, "quantize": "int8"}))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llama import parallel
+from llama import log, parallel
 from llama.chat import Dialog, has_special_tags
 from llama.cli.chat.commands import Talk, Turn, respond
 from llama.cli.chat.conversation import Conversation, check_text, excerpt, make_room
@@ -16,6 +16,7 @@ from llama.cli.chat.terminal import ask, ctrl_c_typed, lines, notice, prepared, 
 from llama.cli.output import has_colour
 from llama.cli.token_view import coloured
 from llama.errors import LlamaError, PeerError
+from llama.gate import to_stderr
 from llama.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -28,9 +29,7 @@ CPU = torch.device("cpu")
 GREETING = "/help lists what can be done; Ctrl-D leaves"
 
 
-def talk(
-    llama: "Llama", params: SamplingParams, *, system: str | None, show_prompt: bool = False, quiet: bool = False
-) -> None:
+def talk(llama: "Llama", params: SamplingParams, *, system: str | None, show_prompt: bool = False) -> None:
     """Talk until the user leaves; to be called by every rank, of which the first has the terminal.
 
     Raises LlamaError where the system prompt or the parameters cannot be run at all.
@@ -51,7 +50,7 @@ def talk(
     )
     session = _Session(llama, state, show_prompt, group)
     with prepared(keys_as_bytes=group is not None):
-        if not quiet:
+        if log.is_said():
             notice(GREETING)
         for line in lines():
             if not _take(session, line):
@@ -105,7 +104,7 @@ def _turn(session: _Session, text: str) -> bool:
     dialog = talk.conversation.dialog(text)
     prompt = llama.format_dialog(dialog)
     if session.show_prompt:
-        parallel.say(f"llama: prompt {prompt.text!r}, {len(prompt.tokens)} tokens: {prompt.tokens}")
+        to_stderr(f"llama: prompt {prompt.text!r}, {len(prompt.tokens)} tokens: {prompt.tokens}")
     computed, answer = llama.engine.computed_tokens, _Answer()
     result = _answered(session, dialog, answer)
     if reason := _lost(dialog, answer, result):

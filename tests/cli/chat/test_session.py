@@ -33,7 +33,7 @@ from talks import (
     start,
 )
 
-from llama import Llama
+from llama import Llama, log
 from llama.chat import REFUSAL, Dialog
 from llama.cli.chat import session
 from llama.request import SamplingParams
@@ -204,7 +204,8 @@ def test_a_tag_in_an_answer_is_told_apart_from_one_in_the_message(
     monkeypatch.setattr(demo, "chat_completion", answer)
     monkeypatch.setattr(session, "lines", lambda: iter(lines))
     monkeypatch.setattr(session, "prepared", lambda keys_as_bytes: contextlib.nullcontext())
-    session.talk(demo, SamplingParams(temperature=0), system=None, quiet=True)
+    with log.quiet():
+        session.talk(demo, SamplingParams(temperature=0), system=None)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "[/INST]"
     assert f"llama: {REFUSAL} An earlier message has one: /undo takes it back." in said
