@@ -2,6 +2,7 @@
 
 python cpu.py
 python cpu.py --shapes 134M --runs 1 --only int8
+python cpu.py --shapes 7B --runs 1        # 50 GB of disk
 
 Each figure is the median over rounds; in a round every runner loads in a process of its own, in turns. Decode is the
 time from the first to the last of some new tokens after a prompt of 16; prefill the time to one token after 512, the
@@ -39,12 +40,12 @@ LOWER_IS_BETTER = {"load", "peak"}
 
 
 class Ours:
-    def __init__(self, folder: Path, precision: str, max_seq_len: int, sequences: int) -> None:
+    def __init__(self, folder: Path, precision: str, max_seq_len: int, sequences: int, **options: Any) -> None:
         from llama import Llama
 
         stored = folder if precision == "bf16" else folder / precision
         paths = (str(stored), str(folder / "tokenizer.model"))
-        self.llama = Llama.build(*paths, max_seq_len, sequences, device="cpu")
+        self.llama = Llama.build(*paths, max_seq_len, sequences, device="cpu", **options)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         from llama import SamplingParams

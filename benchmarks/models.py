@@ -9,12 +9,14 @@ from sentencepiece import SentencePieceProcessor
 
 from llama import ModelArgs
 from llama.checkpoint.layout import expected_shapes
+from llama.checkpoint.pth_writer import write_shard
 from llama.cli.build import DEMO
 
 VOCABULARY = 32000
 SHAPES = {
     "134M": {"dim": 768, "n_layers": 12, "n_heads": 12, "multiple_of": 32, "norm_eps": 1e-5},
     "1.1B": {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256, "norm_eps": 1e-5},
+    "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5},
 }
 
 
@@ -31,11 +33,14 @@ def make_checkpoint(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat1
         return target
     target.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for name, size in expected_shapes(ModelArgs(**params)).items():
-        tensor = torch.empty(size, dtype=dtype)
-        weights[name] = tensor.fill_(1) if len(size) == 1 else tensor.normal_(0, size[1] ** -0.5, generator=generator)
-    torch.save(weights, target / "consolidated.00.pth")
+
+    def drawn(name: str) -> torch.Tensor:
+        tensor = torch.empty_like(layout[name], device="cpu")
+        return tensor.fill_(1) if tensor.dim() == 1 else tensor.normal_(0, tensor.shape[1] ** -0.5, generator=generator)
+
+    shapes = expected_shapes(ModelArgs(**params))
+    layout = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in shapes.items()}
+    write_shard(target / "consolidated.00.pth", layout, drawn, lambda count, said: None)  # one tensor in memory at once
     make_tokenizer(target / "tokenizer.model", VOCABULARY)
     done.write_text(json.dumps(params))
     return target
