@@ -4,8 +4,10 @@ python example_chat_completion.py
 torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat/ --tokenizer_path tokenizer.model
 """
 
-from llama.cli.build import checkpoint_paths
-from llama.cli.commands import FilePath, is_first, run, show
+import fire
+
+from llama import Llama, in_a_shell, show
+from llama.batch.lines import read_dialogs
 
 DIALOGS = [
     [{"role": "user", "content": "What sound does a cow make?"}],
@@ -23,14 +25,14 @@ DIALOGS = [
 
 
 def main(
-    ckpt_dir: FilePath | None = None,
-    tokenizer_path: FilePath | None = None,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_seq_len: int = 512,
     max_gen_len: int | None = None,
     max_batch_size: int = 8,
-    prompts_file: FilePath | None = None,
+    prompts_file: str | None = None,
 ) -> None:
     """Answer each dialog.
 
@@ -44,20 +46,16 @@ def main(
         max_batch_size: how many dialogs run at once; any number may be given.
         prompts_file: a file with one dialog a line, a JSON list of messages, instead of the built-in dialogs.
     """
-    from llama import Llama  # after the arguments are parsed: it imports torch
-    from llama.batch.lines import read_dialogs
-
-    ckpt_dir, tokenizer_path = checkpoint_paths(ckpt_dir, tokenizer_path)
     dialogs = DIALOGS if prompts_file is None else read_dialogs(prompts_file)
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
     results = llama.chat_completion(dialogs, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
-    if is_first():
-        for dialog, result in zip(dialogs, results, strict=True):
-            for message in dialog:
-                show(f"{message['role'].capitalize()}: {message['content']}\n")
-            show(f"> {result['generation']['role'].capitalize()}: {result['generation']['content']}")
-            show("\n==================================\n")
+    for dialog, result in zip(dialogs, results, strict=True):
+        for message in dialog:
+            show(f"{message['role'].capitalize()}: {message['content']}\n")
+        show(f"> {result['generation']['role'].capitalize()}: {result['generation']['content']}")
+        show("\n==================================\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    with in_a_shell():  # what goes wrong is one line, and exit code 2
+        fire.Fire(main)

@@ -4,8 +4,10 @@ python example_text_completion.py
 torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b/ --tokenizer_path tokenizer.model
 """
 
-from llama.cli.build import checkpoint_paths
-from llama.cli.commands import FilePath, is_first, run, show
+import fire
+
+from llama import Llama, in_a_shell, show
+from llama.batch.lines import read_prompts
 
 PROMPTS = [
     "Once upon a time there was a small fox named Tom.",
@@ -16,14 +18,14 @@ PROMPTS = [
 
 
 def main(
-    ckpt_dir: FilePath | None = None,
-    tokenizer_path: FilePath | None = None,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_seq_len: int = 256,
     max_gen_len: int | None = None,
     max_batch_size: int = 4,
-    prompts_file: FilePath | None = None,
+    prompts_file: str | None = None,
 ) -> None:
     """Complete each prompt.
 
@@ -37,17 +39,13 @@ def main(
         max_batch_size: how many prompts run at once; any number may be given.
         prompts_file: a text file with one prompt a line, instead of the built-in prompts.
     """
-    from llama import Llama  # after the arguments are parsed: it imports torch
-    from llama.batch.lines import read_prompts
-
-    ckpt_dir, tokenizer_path = checkpoint_paths(ckpt_dir, tokenizer_path)
     prompts = PROMPTS if prompts_file is None else read_prompts(prompts_file)
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
     results = llama.text_completion(prompts, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
-    if is_first():
-        for prompt, result in zip(prompts, results, strict=True):
-            show(f"{prompt}\n> {result['generation']}\n\n==================================\n")
+    for prompt, result in zip(prompts, results, strict=True):
+        show(f"{prompt}\n> {result['generation']}\n\n==================================\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    with in_a_shell():  # what goes wrong is one line, and exit code 2
+        fire.Fire(main)

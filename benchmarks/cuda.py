@@ -28,8 +28,8 @@ from checkpoints import random_weights, save
 
 from llama import Llama, SamplingParams, parallel
 from llama.checkpoint import memory
+from llama.checkpoint.find import DEMO
 from llama.checkpoint.layout import format_of, stored_names
-from llama.cli.build import DEMO
 from llama.engine.decode_loop import as_it_is
 from llama.engine.engine import Engine
 from llama.kernels.quantized import can_pack, pack

@@ -8,9 +8,9 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from llama import ModelArgs
+from llama.checkpoint.find import DEMO
 from llama.checkpoint.layout import expected_shapes
 from llama.checkpoint.pth_writer import write_shard
-from llama.cli.build import DEMO
 
 VOCABULARY = 32000
 SHAPES = {

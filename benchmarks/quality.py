@@ -12,7 +12,7 @@ from models import make_checkpoint
 from report import header, table
 
 from llama import Llama
-from llama.cli.build import DEMO
+from llama.checkpoint.find import DEMO
 from llama.model.step import Step
 
 BEGINNINGS = ("Once upon a time there was a small fox named Tom.", "Ben wanted a red kite.", "One morning Mia went",

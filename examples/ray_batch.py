@@ -15,7 +15,7 @@ import fire
 import ray
 
 from llama import Llama, SamplingParams
-from llama.cli.build import DEMO
+from llama.checkpoint.find import DEMO
 
 
 class Completer:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from llama.model import ModelArgs, Transformer
     from llama.predictions import ChatPrediction, CompletionPrediction
     from llama.request import SamplingParams
+    from llama.script import in_a_shell, show
     from llama.tokenizer import StreamDecoder, Tokenizer
 
 __version__ = "0.2.0"
@@ -17,9 +18,11 @@ _HOMES = {
     "Llama": "generation", "CompletionPrediction": "output", "ChatPrediction": "output", "ModelArgs": "model",
     "Transformer": "model", "SamplingParams": "request", "Tokenizer": "tokenizer", "StreamDecoder": "tokenizer",
     "Dialog": "chat", "Message": "chat", "Role": "chat", "LlamaError": "errors",
+    "in_a_shell": "script", "show": "script",
 }  # fmt: skip
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "LlamaError", "Message", "ModelArgs", "Role",
-           "SamplingParams", "StreamDecoder", "Tokenizer", "Transformer", "__version__"]  # fmt: skip
+           "SamplingParams", "StreamDecoder", "Tokenizer", "Transformer", "__version__", "in_a_shell",
+           "show"]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

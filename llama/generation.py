@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from llama import log, parallel
 from llama.chat import REFUSAL, ChatPrompt, Dialog, check_dialog, format_dialog, has_special_tags
 from llama.checkpoint import memory
+from llama.checkpoint.find import find_checkpoint
 from llama.engine.engine import Engine
 from llama.errors import LlamaError, PromptError
 from llama.jobs import Job, answer, completion
@@ -22,7 +23,6 @@ from llama.loading import chosen, load
 from llama.model.transformer import Transformer
 from llama.options import RunOptions, check_seed
 from llama.output import Output
-from llama.paths import expanded
 from llama.predictions import ChatPrediction, CompletionPrediction, Score
 from llama.request import (
     LOGPROBS,
@@ -52,10 +52,10 @@ class Llama:
 
     @staticmethod
     def build(
-        ckpt_dir: str,
-        tokenizer_path: str,
-        max_seq_len: int,
-        max_batch_size: int,
+        ckpt_dir: str | None = None,
+        tokenizer_path: str | None = None,
+        max_seq_len: int = 2048,
+        max_batch_size: int = 8,
         model_parallel_size: int | None = None,
         seed: int | None = 1,
         *,
@@ -68,14 +68,16 @@ class Llama:
         verify: bool = False,
         max_step_tokens: int | None = None,
     ) -> "Llama":
-        """Load a checkpoint in Meta's layout; says what was chosen in one line on stderr.
+        """Load a checkpoint in Meta's layout, and log what was chosen in one line.
 
-        `max_seq_len` is the most tokens of one sequence, prompt and completion; `max_batch_size` how many sequences
-        are held at once (more may be asked for). `seed` None takes fresh entropy; of several processes the first's
-        counts. `quantize` "int8" or "int4" holds the matrices in so many bits, `kv_dtype` "fp8" the KV cache in 8.
-        `threads` is how many this process uses on a CPU (None: `device.default_threads`). `compile` runs the layers
-        through torch.compile, which takes its time at the first steps. `verify` compares the files with their
-        checklist.chk first. Raises a subclass of LlamaError: PeerError where another process has failed.
+        Left out, `ckpt_dir` is LLAMA_CKPT_DIR, or else the bundled demo; `tokenizer_path` is the tokenizer.model in
+        the folder, LLAMA_TOKENIZER_PATH, or the one beside the folder. `max_seq_len` is the most tokens of one
+        sequence, prompt and completion; `max_batch_size` how many sequences are held at once (more may be asked for).
+        `seed` None takes fresh entropy; of several processes the first's counts. `quantize` "int8" or "int4" holds the
+        matrices in so many bits, `kv_dtype` "fp8" the KV cache in 8. `threads` is how many this process uses on a CPU
+        (None: `device.default_threads`). `compile` runs the layers through torch.compile, which takes its time at the
+        first steps. `verify` compares the files with their checklist.chk first. Raises a subclass of LlamaError:
+        PeerError where another process has failed.
         """
         started = time.perf_counter()
         options = RunOptions(
@@ -83,11 +85,11 @@ class Llama:
             device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, threads=threads, compile=compile,
             verify=verify, max_step_tokens=max_step_tokens,
         )  # fmt: skip
-        folder = Path(expanded(ckpt_dir, "ckpt_dir"))
-        model, tokenizer = load(folder, tokenizer_path, options)
+        folder, tokenizer_path = find_checkpoint(ckpt_dir, tokenizer_path)
+        model, tokenizer = load(Path(folder), tokenizer_path, options)
         step_tokens = memory.step_tokens(model.device, options.max_step_tokens)
         llama = Llama(model, tokenizer, seed=options.seed, max_step_tokens=step_tokens)
-        llama.ckpt_dir = folder
+        llama.ckpt_dir = Path(folder)
         seconds = time.perf_counter() - started
         log.say(f"{folder}, {chosen(model, options)}, seed={llama.seed}, loaded in {seconds:.2f} s")
         return llama

@@ -18,7 +18,9 @@ _OPEN_STREAMS = re.compile(r"/dev/fd|/proc/\d+(/task/\d+)?/fd")  # the folders i
 
 
 def expanded(path: str | os.PathLike[str], name: str) -> FilePath:
-    """A path in which ~ is the home folder. Raises ParameterError, which calls it `name`, where it is empty."""
+    """A path in which ~ is the home folder. Raises ParameterError, which calls it `name`, where it is empty or none."""
+    if not isinstance(path, str | os.PathLike):
+        raise ParameterError(f"{name}={path!r:.60} is not a path: in a shell, write ./{path} for a name like a number")
     text = os.fspath(path)
     if not text:
         raise ParameterError(f"{name} is empty: expected the path of a file or folder")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from llama.cli.shell import wait_briefly
+from llama.script import wait_briefly
 
 wait_briefly()  # as the command does; before torch loads OpenMP, whose threads would else crawl on busy cores
 

@@ -16,7 +16,7 @@ from conftest import DEMO, ROOT
 from llama import LlamaError
 from llama.batch.lines import read_dialogs, read_prompts
 from llama.chat import REFUSAL
-from llama.cli.build import checkpoint_paths
+from llama.checkpoint.find import find_checkpoint
 from llama.errors import PromptError
 
 TEXT, CHAT = "example_text_completion.py", "example_chat_completion.py"
@@ -174,8 +174,14 @@ def test_a_bad_dialog_in_a_file_is_one_line(fails: Shell, tmp_path: Path, lines:
     assert line.startswith(f"{file}{said}" if said.startswith(" ") else said)
 
 
-def test_an_unknown_flag_is_said_before_anything_runs(fails: Shell) -> None:
-    assert fails(TEXT, "--temprature", "0").startswith("there is no flag '--temprature': did you mean --temperature?")
+def test_an_unknown_flag_is_an_error() -> None:
+    """fire's own, in its own words."""
+    done = run_script(TEXT, "--temprature", "0", "--max_gen_len", "1")
+    assert done.returncode == 2 and "Could not consume arg: --temprature" in done.stderr
+
+
+def test_a_path_like_a_number_says_how_to_write_it(fails: Shell) -> None:
+    assert fails(TEXT, "--ckpt_dir", "7") == "ckpt_dir=7 is not a path: in a shell, write ./7 for a name like a number"
 
 
 # ------------------------------------------------------------------------------------------------------------- paths
@@ -185,7 +191,7 @@ def test_without_paths_a_command_runs_the_demo(monkeypatch: pytest.MonkeyPatch, 
     """Rank 0 says so, and no other."""
     for rank, said in (("1", ""), ("0", "llama: no --ckpt_dir: running the bundled demo checkpoint\n")):
         monkeypatch.setenv("RANK", rank)
-        assert checkpoint_paths(None, None) == (str(DEMO), str(DEMO / "tokenizer.model"))
+        assert find_checkpoint(None, None) == (str(DEMO), str(DEMO / "tokenizer.model"))
         assert capsys.readouterr().err == said
 
 
@@ -197,13 +203,13 @@ def test_a_tokenizer_is_found_in_the_folder_or_beside_it(
     folder.mkdir()
     beside, inside = tmp_path / "tokenizer.model", folder / "tokenizer.model"
     with pytest.raises(LlamaError, match=f"no tokenizer.model in {folder} or beside it: name it with --tokenizer_path"):
-        checkpoint_paths(str(folder), None)
+        find_checkpoint(str(folder), None)
     beside.touch()
     for written in (folder, f"{folder}/"):
-        assert checkpoint_paths(str(written), None) == (str(written), str(beside))
+        assert find_checkpoint(str(written), None) == (str(written), str(beside))
     inside.touch()
-    assert checkpoint_paths(str(folder), None)[1] == str(inside)
-    assert checkpoint_paths(str(folder), "other.model")[1] == "other.model"
+    assert find_checkpoint(str(folder), None)[1] == str(inside)
+    assert find_checkpoint(str(folder), "other.model")[1] == "other.model"
     assert capsys.readouterr().err == ""
 
 
@@ -213,7 +219,7 @@ def test_a_tokenizer_is_found_beside_the_current_folder(tmp_path: Path, monkeypa
     folder.mkdir()
     (tmp_path / "tokenizer.model").touch()
     monkeypatch.chdir(folder)
-    assert Path(checkpoint_paths(".", None)[1]).samefile(tmp_path / "tokenizer.model")
+    assert Path(find_checkpoint(".", None)[1]).samefile(tmp_path / "tokenizer.model")
 
 
 # ------------------------------------------------------------------------------------------------------------- files

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from conftest import DEMO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama import LlamaError, errors, gate
+from llama import LlamaError, errors, gate, in_a_shell
 from llama.cli import shell
 from llama.gate import harmless, json_line, one_line
 
@@ -81,18 +82,13 @@ def test_what_is_said_is_one_line_on_stderr(monkeypatch: pytest.MonkeyPatch) -> 
     assert sys.stdout.getvalue() == ""
 
 
-def warns() -> None:
-    """Do what a library does."""
-    import warnings
-
-    warnings.warn(EVIL, stacklevel=1)
-
-
 def test_a_warning_of_a_library_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["it.py"])
-    shell.run(warns)
+    """Where the program runs as a command does."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # so that it is put back
+    with in_a_shell():
+        warnings.warn(EVIL, stacklevel=1)
     out, err = capfd.readouterr()
-    assert out == "" and err == f"it.py: {one_line(EVIL)}\n"
+    assert out == "" and err == f"llama: {one_line(EVIL)}\n"
 
 
 # -------------------------------------------------------------------------------------------------- from every source

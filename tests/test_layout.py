@@ -22,7 +22,7 @@ FLOORS = (
     ("device", "quantization"),
     ("parallel", "chat", "progress"),
     ("tokenizer", "request", "interrupts"),
-    ("paths",),
+    ("paths", "script"),
     ("errors", "wording", "log"),
     ("gate",),
 )
@@ -33,7 +33,7 @@ WITHOUT_TORCH = {
     "batch", "batch.identity", "batch.input", "batch.lines", "batch.openai", "batch.results", "engine",
     "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
     "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
-    "errors", "wording", "log", "gate",
+    "errors", "wording", "log", "script", "gate", "checkpoint.find",
 }  # fmt: skip
 
 

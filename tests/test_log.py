@@ -13,7 +13,7 @@ BUILD = """
 import logging
 {}
 from llama import Llama
-from llama.cli.build import DEMO
+from llama.checkpoint.find import DEMO
 Llama.build(str(DEMO), str(DEMO / "tokenizer.model"), 32, 1, device="cpu")
 """
 

@@ -181,18 +181,15 @@ def test_a_world_size_that_divides_nothing_is_reported_once(ckpt_dir: Path) -> N
 FAIL_ON_RANK_1 = """
 import os, sys, time
 import torch
-from llama import parallel
-from llama.cli.commands import run
+from llama import in_a_shell, parallel
 from llama.errors import DeviceError
 
-def command(group):
-    if group:
+with in_a_shell():
+    if {group}:
         parallel.initialize(torch.device("cpu"), None)
     if os.environ["RANK"] == "1":
         raise DeviceError("only this rank's device is missing")
     time.sleep(60)
-
-run(command)
 """
 
 
@@ -200,5 +197,5 @@ run(command)
 def test_an_error_of_one_rank_alone_is_reported(tmp_path: Path, group: bool) -> None:
     """Whichever rank it is, and also before the processes have met, as for a rank without a CUDA device."""
     script = tmp_path / "command.py"
-    script.write_text(FAIL_ON_RANK_1)
-    assert_said_once(torchrun(2, script, f"--group={group}"), "command.py: only this rank's device is missing\n")
+    script.write_text(FAIL_ON_RANK_1.format(group=group))
+    assert_said_once(torchrun(2, script), "command.py: only this rank's device is missing\n")

@@ -11,10 +11,10 @@ import pytest
 from conftest import DEMO
 
 from llama import Llama, Tokenizer
+from llama.checkpoint.find import find_checkpoint
 from llama.checkpoint.writer import reshard
 from llama.cli import commands
 from llama.cli.arguments import arguments, is_path
-from llama.cli.build import checkpoint_paths
 from llama.errors import LlamaError, ParameterError
 from llama.paths import check_writable, expanded, kind, read
 
@@ -60,15 +60,15 @@ def test_a_path_has_a_home_and_is_not_empty(home: Path, name: str, flag: inspect
 def test_the_environment_has_paths_too(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """What is empty there counts as not set."""
     monkeypatch.setenv("LLAMA_CKPT_DIR", "~/model")
-    assert checkpoint_paths(None, None) == (f"{home}/model", f"{home}/model/tokenizer.model")
+    assert find_checkpoint(None, None) == (f"{home}/model", f"{home}/model/tokenizer.model")
     commands.info(json=True)
     assert f'"folder": "{home}/model"' in capsys.readouterr().out
     (home / "other").mkdir()
     monkeypatch.setenv("LLAMA_TOKENIZER_PATH", "~/t.model")
-    assert checkpoint_paths(str(home / "other"), None)[1] == f"{home}/t.model"
+    assert find_checkpoint(str(home / "other"), None)[1] == f"{home}/t.model"
     for name in ("LLAMA_CKPT_DIR", "LLAMA_TOKENIZER_PATH"):
         monkeypatch.setenv(name, "")
-    assert checkpoint_paths(None, None)[0] == str(DEMO)
+    assert find_checkpoint(None, None)[0] == str(DEMO)
     assert capsys.readouterr().err.endswith("running the bundled demo checkpoint\n")
 
 

@@ -81,7 +81,7 @@ def eager_switches() -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------- as if alone
 
 
-def test_threads_get_what_each_gets_alone(shared: Llama, eager_switches: None) -> None:  # noqa: C901
+def test_threads_get_what_each_gets_alone(shared: Llama, eager_switches: None) -> None:  # noqa: C901  # a case for each call
     """All entrances at once, hundreds of calls, streams left halfway or closed by another thread among them."""
     llama = shared
     texts = dict(zip(PROMPTS, complete(llama, PROMPTS), strict=True))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama import log
+from llama.checkpoint.find import DEMO, find_folder
 from llama.cli.arguments import Command, with_flags
-from llama.cli.build import DEMO, build, checkpoint_folder, import_libraries
+from llama.cli.build import build, import_libraries
 from llama.cli.flags import MODEL, SAMPLING, sampling_params
 from llama.cli.output import show_completions
 from llama.cli.shell import run
@@ -187,7 +188,7 @@ def info(
     import_libraries()
     from llama.checkpoint import info
 
-    found = info.describe(checkpoint_folder(ckpt_dir), max_seq_len, max_batch_size)
+    found = info.describe(find_folder(ckpt_dir), max_seq_len, max_batch_size)
     print(json_line(found) if json else info.text(found))
 
 
@@ -201,7 +202,7 @@ def verify(ckpt_dir: FilePath | None = None) -> None:
     """
     from llama.checkpoint import checklist
 
-    folder = checkpoint_folder(ckpt_dir)
+    folder = find_folder(ckpt_dir)
     count = checklist.verify(folder)
     print(one_line(f"{folder}: {count} files match checklist.chk"))
 

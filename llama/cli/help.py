@@ -63,24 +63,15 @@ def _usage(name: str, parameters: Iterable[Parameter], labels: Mapping[str, str]
             words.append(f"[{label}]...")
         elif parameter.default is Parameter.empty:
             words.append(label)
-        elif not label.startswith("-"):
+        elif parameter.kind is Parameter.POSITIONAL_OR_KEYWORD:
             words.append(f"[{label}]")
     return f"Usage: {' '.join(words)} [FLAGS]"
 
 
 def _labels(parameters: Iterable[Parameter]) -> dict[str, str]:
-    """Name → FILE for what is given by its place, --flag or --flag=VALUE for the rest.
-
-    Where a signature has no `*`, only what is required counts as given by its place.
-    """
-    separated = any(p.kind is Parameter.KEYWORD_ONLY for p in parameters)
-    return {
-        p.name: p.name.upper()
-        if p.kind is Parameter.VAR_POSITIONAL
-        or (p.kind is Parameter.POSITIONAL_OR_KEYWORD and (separated or p.default is Parameter.empty))
-        else f"--{p.name}{_value(p)}"
-        for p in parameters
-    }
+    """Name → FILE for what is given by its place, --flag or --flag=VALUE for the rest."""
+    by_place = (Parameter.VAR_POSITIONAL, Parameter.POSITIONAL_OR_KEYWORD)
+    return {p.name: p.name.upper() if p.kind in by_place else f"--{p.name}{_value(p)}" for p in parameters}
 
 
 def _value(flag: Parameter) -> str:

@@ -16,8 +16,8 @@ import pytest
 from conftest import DEMO, ROOT
 
 from llama import Llama, LlamaError
+from llama.checkpoint.find import find_checkpoint
 from llama.cli import commands
-from llama.cli.build import checkpoint_paths
 from llama.tokenizer import Tokenizer
 
 COMMAND = [str(Path(sys.executable).with_name("llama"))]
@@ -448,15 +448,15 @@ def test_the_environment_names_a_checkpoint(
     """It is said, for nothing on the command line shows it; a flag is stronger, and an empty variable is none."""
     monkeypatch.setenv("LLAMA_CKPT_DIR", str(folder))
     monkeypatch.setenv("LLAMA_TOKENIZER_PATH", "named.model")
-    assert checkpoint_paths(None, None) == (str(folder), "named.model")
-    assert checkpoint_paths(None, "given.model") == (str(folder), "given.model")
+    assert find_checkpoint(None, None) == (str(folder), "named.model")
+    assert find_checkpoint(None, "given.model") == (str(folder), "given.model")
     assert capsys.readouterr().err == f"llama: no --ckpt_dir: running LLAMA_CKPT_DIR={folder}\n" * 2
-    assert checkpoint_paths(str(DEMO), None) == (str(DEMO), str(DEMO / "tokenizer.model"))
+    assert find_checkpoint(str(DEMO), None) == (str(DEMO), str(DEMO / "tokenizer.model"))
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("LLAMA_CKPT_DIR", "")
-    assert checkpoint_paths(None, None) == (str(DEMO), str(DEMO / "tokenizer.model"))
+    assert find_checkpoint(None, None) == (str(DEMO), str(DEMO / "tokenizer.model"))
     with pytest.raises(LlamaError, match="--tokenizer_path was given without --ckpt_dir"):
-        checkpoint_paths(None, "given.model")
+        find_checkpoint(None, "given.model")
 
 
 def test_a_tokenizer_is_looked_for_where_it_is_nearest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,14 +464,14 @@ def test_a_tokenizer_is_looked_for_where_it_is_nearest(folder: Path, monkeypatch
     monkeypatch.setenv("LLAMA_TOKENIZER_PATH", "")
     beside, inside = folder.parent / "tokenizer.model", folder / "tokenizer.model"
     with pytest.raises(LlamaError, match=r"no tokenizer\.model in .* or beside it: name it with --tokenizer_path"):
-        checkpoint_paths(str(folder), None)
+        find_checkpoint(str(folder), None)
     beside.touch()
-    assert checkpoint_paths(str(folder), None)[1] == str(beside)
+    assert find_checkpoint(str(folder), None)[1] == str(beside)
     monkeypatch.setenv("LLAMA_TOKENIZER_PATH", "named.model")
-    assert checkpoint_paths(str(folder), None)[1] == "named.model"
+    assert find_checkpoint(str(folder), None)[1] == "named.model"
     inside.touch()
-    assert checkpoint_paths(str(folder), None)[1] == str(inside)
-    assert checkpoint_paths(str(folder), "given.model")[1] == "given.model"
+    assert find_checkpoint(str(folder), None)[1] == str(inside)
+    assert find_checkpoint(str(folder), "given.model")[1] == "given.model"
 
 
 def test_a_command_takes_the_environment_s_checkpoint(

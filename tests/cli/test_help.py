@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from llama.cli import help
-from llama.cli.arguments import Command
 from llama.cli.commands import COMMANDS
 
 
@@ -35,7 +34,7 @@ def test_the_first_page_has_every_command_and_a_way_to_start(columns: int) -> No
         assert said in text
 
 
-def command(  # noqa: PLR0913
+def command(  # noqa: PLR0913  # a parameter of each kind
     file: str, to: str = "here", *texts: str, output: str, n: int = 1, x: float | None = None, json: bool = False,
     ready: bool = True, stop: Sequence[str] = (), ids: Sequence[int] = (), bias: Mapping[int, float] = {},
 ) -> None:  # fmt: skip
@@ -78,18 +77,3 @@ Arguments:
 
 def test_a_page_is_made_of_signature_and_docstring() -> None:
     assert help.page(command, "it") == PAGE
-
-
-def only_flags(ckpt_dir: str | None = None, n: int = 2) -> None:
-    """Do it."""
-
-
-def run_with(ckpt_dir: str, n: int = 2) -> None:
-    """Do it."""
-
-
-@pytest.mark.parametrize(("command", "usage"), [(only_flags, "it [FLAGS]"), (run_with, "it CKPT_DIR [FLAGS]")])
-def test_without_a_star_what_has_a_default_is_a_flag(command: Command, usage: str) -> None:
-    """As in the example scripts, all of whose parameters may be given by their places, but seldom are."""
-    page = help.page(command, "it")
-    assert page.startswith(f"Usage: {usage}\n") and "--n=N" in page

@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from llama.cli import shell
 from llama.errors import LlamaError
+from llama.script import wait_briefly
 
 Ended = tuple[int | None, str, str]
 
@@ -37,9 +38,9 @@ TABLE = {"wave": wave, "give": give}
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """ends(command or table, *words): (exit code or None, stdout, stderr)."""
+    """ends(table, *words): (exit code or None, stdout, stderr)."""
 
-    def ends(commands: shell.Command | dict[str, shell.Command], *words: str) -> Ended:
+    def ends(commands: dict[str, shell.Command], *words: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["/somewhere/it.py", *words])
         code = None
         try:
@@ -71,12 +72,6 @@ def test_a_word_names_the_command(ends: Callable[..., Ended], words: list[str], 
     assert found[:2] == (code, out) and found[2].startswith(err) and found[2].count("\n") == (1 if err else 0)
 
 
-def test_a_command_alone_is_called_as_its_script(ends: Callable[..., Ended]) -> None:
-    assert ends(wave, "--times=2") == (None, "you, you, \n", "")
-    assert ends(wave, "--times=0") == (2, "", "it.py: 0 times is not often: wave once or more\n")
-    assert ends(wave, "--help")[1].startswith("Usage: it.py [NAME] [FLAGS]\n\nWave to somebody.\n")
-
-
 def test_our_own_mistakes_are_not_hidden(ends: Callable[..., Ended]) -> None:
     with pytest.raises(RuntimeError):
         ends(TABLE, "give", "bug")
@@ -94,13 +89,12 @@ def test_a_command_explains_itself(ends: Callable[..., Ended], words: list[str])
     assert (code, err) == (None, "") and out.startswith("Usage: llama wave [NAME] [FLAGS]\n")
 
 
-@pytest.mark.parametrize("commands", [TABLE, wave])
-def test_a_shell_can_complete_words(ends: Callable[..., Ended], commands: shell.Command) -> None:
+def test_a_shell_can_complete_words(ends: Callable[..., Ended]) -> None:
     """bash reads the script, which knows commands and flags; fish has one too."""
-    code, out, err = ends(commands, "--", "--completion", "bash")
-    assert (code, err) == (None, "") and "--times" in out and ("wave" in out) == (commands is TABLE)
+    code, out, err = ends(TABLE, "--", "--completion", "bash")
+    assert (code, err) == (None, "") and "--times" in out and "wave" in out
     assert subprocess.run(["bash", "-n"], input=out, text=True, capture_output=True).stderr == ""
-    assert "__fish_using_command" in ends(commands, "--", "--completion", "fish")[1]
+    assert "__fish_using_command" in ends(TABLE, "--", "--completion", "fish")[1]
 
 
 @pytest.mark.parametrize("cores", ["abc", "0,abc", "1x", "1;2", "\u0663"])
@@ -187,5 +181,5 @@ def test_waiting_threads_give_up_their_core(
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    shell.wait_briefly()
+    wait_briefly()
     assert os.environ.get("GOMP_SPINCOUNT") == expected

@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
+import fire
 import pytest
 from conftest import DEMO, ROOT
 
-from llama.cli import commands, shell
+from llama import in_a_shell
+from llama.cli import commands
 
 OUT = "standard output is closed: send it to a file, a pipe or /dev/null\n"
 COMMANDS = {
@@ -36,43 +39,51 @@ COMMANDS = {
 EXAMPLES = ("example_text_completion", "example_chat_completion")
 
 
-def ends(commands: shell.Command | dict[str, shell.Command]) -> object:
+Run = Callable[[], None]
+
+
+def ends(run: Run) -> object:
     """The exit code of a run in this process."""
     try:
-        shell.run(commands)
+        run()
     except SystemExit as ended:
         return ended.code
     return 0
 
 
+def example(name: str) -> None:
+    """Run an example as `python it.py …` does."""
+    main = __import__(name).main
+    with in_a_shell():
+        fire.Fire(main)
+
+
 @pytest.fixture(params=[*COMMANDS, *EXAMPLES])
-def command(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> shell.Command | dict[str, shell.Command]:
-    """Each command and example in turn, as `shell.run` takes it, its words in sys.argv, in a new folder."""
+def command(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Each command and example in turn, its words in sys.argv, in a new folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
     script = request.param in EXAMPLES
     words = ["--max_gen_len=2", "--temperature=0"] if script else COMMANDS[request.param]
     monkeypatch.setattr(sys, "argv", ["it.py", *words])
-    return __import__(request.param).main if script else commands.COMMANDS
+    return partial(example, request.param) if script else commands.main
 
 
 @pytest.mark.parametrize("closed", [{"stdout"}, {"stdout", "stdin"}, {"stdout", "stderr"}])
 def test_closed_output_is_said_before_anything_is_done(
-    command: shell.Command, closed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    command: Run, closed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """In one line, with exit code 2; where stderr is closed as well, by the exit code alone."""
     for name in closed:
         monkeypatch.setattr(sys, name, None)
     assert ends(command) == 2
-    said = "" if "stderr" in closed else f"{'it.py' if callable(command) else 'llama'}: {OUT}"
+    said = "" if "stderr" in closed else f"{'llama' if command is commands.main else 'it.py'}: {OUT}"
     assert capfd.readouterr() == ("", said) and not list(tmp_path.iterdir())
 
 
 def test_closed_input_is_empty_and_closed_stderr_silent(
-    command: shell.Command, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    command: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Exit code, results and files are those of a run with /dev/null in their places."""
 
