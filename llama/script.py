@@ -46,10 +46,10 @@ def in_a_shell(name: str | None = None) -> Iterator[None]:
     _leave_group()
 
 
-def show(text: str) -> None:
+def show(text: str, end: str = "\n") -> None:
     """Print a text, from the first process alone; in a terminal nothing in it can act."""
     if log.is_first():
-        gate.show(text)
+        gate.show(text, end)
 
 
 def wait_briefly() -> None:
