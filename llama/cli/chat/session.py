@@ -16,7 +16,7 @@ from llama.cli.chat.terminal import ask, ctrl_c_typed, lines, notice, prepared, 
 from llama.cli.output import has_colour
 from llama.cli.token_view import coloured
 from llama.errors import LlamaError, PeerError
-from llama.request import Request, SamplingParams
+from llama.request import Counts, Request, SamplingParams
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -106,7 +106,7 @@ def _turn(session: _Session, text: str) -> bool:
     prompt = llama.format_dialog(dialog)
     if session.show_prompt:
         parallel.say(f"llama: prompt {prompt.text!r}, {len(prompt.tokens)} tokens: {prompt.tokens}")
-    computed, answer = llama.engine.computed_tokens, _Answer()
+    computed, drafts, answer = llama.engine.computed_tokens, replace(llama.engine.counts), _Answer()
     result = _answered(session, dialog, answer)
     if reason := _lost(dialog, answer, result):
         notice(reason)
@@ -121,6 +121,7 @@ def _turn(session: _Session, text: str) -> bool:
             computed_tokens=llama.engine.computed_tokens - computed,
             time_to_first_token=result["time_to_first_token"] if result else answer.first,
             time=time.perf_counter() - answer.started,
+            drafts=llama.engine.counts - drafts if llama.engine.speculation else Counts(),
         )
     )
     if result and _fills_context(result, talk):
