@@ -78,13 +78,13 @@ def main(runs: int = 3, requests: int = 256, dir: str | None = None, peer_runs: 
 
 def time_llama(runner: Llama, prompts: list[list[int]], new_tokens: list[int]) -> tuple[float, float]:
     """(Seconds, share of them outside forward and the choice of tokens)."""
-    forward, choose = Stopwatch(Transformer.forward), Stopwatch(engine._choose)
+    forward, choose = Stopwatch(Transformer.forward), Stopwatch(engine.next_tokens)
     Transformer.forward = lambda self, step, cache: forward(self, step, cache)
-    engine._choose = choose
+    engine.next_tokens = choose
     begin = time.perf_counter()
     rows = run_greedy(runner.engine, prompts, new_tokens)
     seconds = time.perf_counter() - begin
-    Transformer.forward, engine._choose = forward.function, choose.function
+    Transformer.forward, engine.next_tokens = forward.function, choose.function
     assert [len(row) for row in rows] == new_tokens
     return seconds, 1 - (forward.seconds + choose.seconds) / seconds
 

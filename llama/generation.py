@@ -16,10 +16,11 @@ from llama import log, parallel
 from llama.chat import REFUSAL, ChatPrompt, Dialog, check_dialog, format_dialog, has_special_tags
 from llama.checkpoint import memory
 from llama.checkpoint.find import find_checkpoint
+from llama.engine.drafts import Speculation
 from llama.engine.engine import Engine
 from llama.errors import LlamaError, PromptError
 from llama.jobs import Job, answer, completion
-from llama.loading import chosen, load
+from llama.loading import chosen, load, speculation
 from llama.model.transformer import Transformer
 from llama.options import RunOptions, check_seed
 from llama.output import Output
@@ -67,6 +68,8 @@ class Llama:
         compile: bool = False,
         verify: bool = False,
         max_step_tokens: int | None = None,
+        speculate: str | None = None,
+        draft_tokens: int = 7,
     ) -> "Llama":
         """Load a checkpoint in Meta's layout, and log what was chosen in one line.
 
@@ -76,19 +79,21 @@ class Llama:
         `seed` None takes fresh entropy; of several processes the first's counts. `quantize` "int8" or "int4" holds the
         matrices in so many bits, `kv_dtype` "fp8" the KV cache in 8. `threads` is how many this process uses on a CPU
         (None: `device.default_threads`). `compile` runs the layers through torch.compile, which takes its time at the
-        first steps. `verify` compares the files with their checklist.chk first. Raises a subclass of LlamaError:
-        PeerError where another process has failed.
+        first steps. `verify` compares the files with their checklist.chk first. `speculate` "lookup" drafts up to
+        `draft_tokens` tokens at a time from what a text has said before, and verifies them in one step: results stay
+        the same. Raises a subclass of LlamaError: PeerError where another process has failed.
         """
         started = time.perf_counter()
         options = RunOptions(
             max_seq_len=max_seq_len, max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, seed=seed,
             device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, threads=threads, compile=compile,
-            verify=verify, max_step_tokens=max_step_tokens,
+            verify=verify, max_step_tokens=max_step_tokens, speculate=speculate, draft_tokens=draft_tokens,
         )  # fmt: skip
         folder, tokenizer_path = find_checkpoint(ckpt_dir, tokenizer_path)
         model, tokenizer = load(Path(folder), tokenizer_path, options)
         step_tokens = memory.step_tokens(model.device, options.max_step_tokens)
-        llama = Llama(model, tokenizer, seed=options.seed, max_step_tokens=step_tokens)
+        drafting = speculation(model, options, step_tokens)
+        llama = Llama(model, tokenizer, seed=options.seed, max_step_tokens=step_tokens, speculation=drafting)
         llama.ckpt_dir = Path(folder)
         seconds = time.perf_counter() - started
         log.say(f"{folder}, {chosen(model, options)}, seed={llama.seed}, loaded in {seconds:.2f} s")
@@ -101,13 +106,15 @@ class Llama:
         *,
         seed: int | None = 1,
         max_step_tokens: int = memory.STEP_TOKENS,
+        speculation: Speculation | None = None,
     ) -> None:
         check_seed(seed)
         self.model = model
         self.tokenizer = tokenizer
         self.ckpt_dir: Path | None = None  # where `build` loaded it from
         self.seed: int = parallel.broadcast(secrets.randbits(63) if seed is None else seed, model.device)
-        self.engine = Engine(model, model.params.max_batch_size, model.params.max_seq_len, max_step_tokens)
+        sizes = model.params
+        self.engine = Engine(model, sizes.max_batch_size, sizes.max_seq_len, max_step_tokens, speculation)
         self.turns = Turns(self.engine)
         self._requests = count(1)
 

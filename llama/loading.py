@@ -10,7 +10,9 @@ from llama.checkpoint import loader
 from llama.checkpoint.checklist import verify as verify_checklist
 from llama.checkpoint.source import open_source
 from llama.device import choose_device, default_threads, parse_dtype
-from llama.errors import CheckpointError, TokenizerError
+from llama.engine.drafts import Lookup, Speculation
+from llama.errors import CheckpointError, DeviceError, TokenizerError
+from llama.kernels.decode_step import rows_alike
 from llama.kernels.dispatch import why_not
 from llama.model.kv_cache import check_kv_dtype
 from llama.model.transformer import Transformer
@@ -24,6 +26,10 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> tuple[Transf
     """The model of a checkpoint folder, as the options say, and its tokenizer."""
     device, dtype = choose_device(options.device), parse_dtype(options.dtype)
     check_kv_dtype(options.kv_dtype, device)
+    if options.speculate and device.type != "cpu":
+        raise DeviceError(
+            f"speculate={options.speculate!r} drafts tokens for a model on a CPU only, not on {device}: leave it out"
+        )
     if options.threads is not None or device.type == "cpu":
         torch.set_num_threads(options.threads or default_threads())
     parallel.initialize(device, options.model_parallel_size)
@@ -47,6 +53,13 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> tuple[Transf
     return model, tokenizer
 
 
+def speculation(model: Transformer, options: RunOptions, max_step_tokens: int) -> Speculation | None:
+    """What drafts tokens for the model, if the options ask for it."""
+    if options.speculate is None:
+        return None
+    return Speculation(options.speculate, Lookup(), options.draft_tokens, min(rows_alike(model), max_step_tokens))
+
+
 def chosen(model: Transformer, options: RunOptions) -> str:
     """What was chosen, for the one line that `Llama.build` says."""
     mp, world = parallel.model_parallel_size(), parallel.world_size()
@@ -54,9 +67,10 @@ def chosen(model: Transformer, options: RunOptions) -> str:
     replicas = f" × {world // mp} replicas" if world > mp else ""
     bits = f"{model.weight_format} weights, " if model.weight_format else ""
     cache = f", cache in {model.kv_dtype}" if model.kv_dtype else ""
+    drafts = f", speculate={options.speculate}" if options.speculate else ""
     return (
         f"{bits}{str(model.dtype).removeprefix('torch.')}{cache} on {model.device}, {split}{replicas},"
-        f" max_seq_len={options.max_seq_len}, max_batch_size={options.max_batch_size}"
+        f" max_seq_len={options.max_seq_len}, max_batch_size={options.max_batch_size}{drafts}"
     )
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 KV_DTYPES = ("fp8",)
+LOOKUP = "lookup"  # the way to speculate that needs no model
+MOST_DRAFT_TOKENS = 15  # with the token before them they are one step of the CPU's kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +59,29 @@ class RunOptions:
     max_step_tokens: int | None = field(
         default=None, metadata={"help": "the most tokens of one step; long prompts are read in such chunks."}
     )
+    speculate: str | None = field(
+        default=None,
+        metadata={"help": "lookup drafts tokens from what was said before, to be verified several at once; on a CPU."},
+    )
+    draft_tokens: int = field(
+        default=7, metadata={"help": "the most drafts of one step; fewer are made of a text where they fail."}
+    )
 
     def __post_init__(self) -> None:
         for own in fields(self):
             object.__setattr__(self, own.name, plain(getattr(self, own.name)))
         check_seed(self.seed)
-        check_sizes(max_seq_len=self.max_seq_len, max_batch_size=self.max_batch_size)
+        check_sizes(max_seq_len=self.max_seq_len, max_batch_size=self.max_batch_size, draft_tokens=self.draft_tokens)
         optional = {"max_step_tokens": self.max_step_tokens, "threads": self.threads}
         check_sizes(**{name: value for name, value in optional.items() if value is not None})
+        if self.draft_tokens > MOST_DRAFT_TOKENS:
+            raise ParameterError(
+                f"draft_tokens={self.draft_tokens} is out of range: expected an integer from 1 to {MOST_DRAFT_TOKENS}"
+            )
+        if self.speculate not in (None, LOOKUP):
+            raise ParameterError(
+                f"speculate={self.speculate!r} is no way to draft tokens: use {LOOKUP}, or leave it out"
+            )
         check_format(self.quantize)
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise ParameterError(

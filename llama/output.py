@@ -96,6 +96,9 @@ class Output:
             if params.top_logprobs:
                 result["top_logprobs"] = self.top_logprobs()[: len(pieces)]
         begun = request.first_token
+        if self._engine.speculation:
+            result["drafted_tokens"], result["accepted_tokens"] = request.counts.drafted, request.counts.accepted
+            result["tokens_per_step"] = request.counts.tokens_per_step
         return {
             **result,
             "finish_reason": request.finish_reason,

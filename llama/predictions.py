@@ -25,6 +25,9 @@ class Result(TypedDict, total=False):
     completion_tokens: int
     time_to_first_token: float | None  # seconds since the request was added
     time: float  # seconds in all
+    drafted_tokens: int  # where the build speculates: how many drafts were verified,
+    accepted_tokens: int  # how many of them were right,
+    tokens_per_step: float  # and how many tokens a step made on average
 
 
 class CompletionPrediction(Result, total=False):

@@ -165,6 +165,29 @@ TEMPERATURE, TOP_P, LOGPROBS = LeftOut(0.6), LeftOut(0.9), LeftOut(False)  # Met
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
+@dataclass(slots=True)
+class Counts:
+    """What came of drafts: the steps in which the host chose tokens, the drafts in them, and those that were right."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def add(self, drafted: int, accepted: int) -> None:
+        """A step's."""
+        self.steps += 1
+        self.drafted += drafted
+        self.accepted += accepted
+
+    def __sub__(self, before: "Counts") -> "Counts":
+        return Counts(self.steps - before.steps, self.drafted - before.drafted, self.accepted - before.accepted)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """A step makes a token of its own behind the drafts that were right."""
+        return round(1 + self.accepted / self.steps, 3) if self.steps else 0.0
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One prompt on its way through the engine: its progress is written here by the engine alone.
@@ -183,6 +206,7 @@ class Request:
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     scores: list[float | None] = field(default_factory=list)  # one for each prompt token, where asked
     top_scores: list[dict[int, float] | None] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
     finish_reason: FinishReason | None = None
     error: LlamaError | None = None
     added: float = 0.0  # clock times, in seconds

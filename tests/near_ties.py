@@ -8,7 +8,7 @@ difference that rounding does not explain is a failure. Paths that run the same 
 of this: they are equal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from reference import kept
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama import Llama, SamplingParams
 from llama.engine.sampling import adjust, noise_key, uniform
-from llama.engine.scheduler import Sequence as Running
+from llama.engine.scheduler import Chunk
 from llama.model.step import Step
 from llama.request import Request
 
@@ -101,15 +101,15 @@ def refuse_near_ties(llama: Llama) -> None:
     For float32 texts that are compared whole: their prompts must be such that no rounding decides. Draws are looked at
     where their seed is given: the noise of others may depend on what ran before.
     """
-    decide = llama.engine._decide
+    choose = llama.engine._choose
 
-    def decide_clearly(sequences: list[Running], logits: Tensor, best: list[int]) -> None:
-        for request, row in zip((sequence.request for sequence in sequences), logits, strict=True):
+    def choose_clearly(chunks: list[Chunk], logits: Tensor, best: list[int]) -> Iterable[int | None]:
+        for request, row in zip((chunk.sequence.request for chunk in chunks), logits, strict=True):
             row = adjust(row, request.params, request.prompt, request.tokens, request.stop_tokens)
             assert _is_clear(row, request), f"a near-tie after {request.prompt + request.tokens}: ask something else"
-        decide(sequences, logits, best)
+        return choose(chunks, logits, best)
 
-    llama.engine._decide = decide_clearly
+    llama.engine._choose = choose_clearly
 
 
 def _is_clear(row: Tensor, request: Request) -> bool:

@@ -50,7 +50,14 @@ def test_an_unknown_dtype_is_refused_with_those_there_are(build: Builder, dtype:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("dtype", "half"), ("device", "gpu"), ("quantize", "int3"), ("kv_dtype", "int8"), ("seed", -1)],
+    [
+        ("dtype", "half"),
+        ("device", "gpu"),
+        ("quantize", "int3"),
+        ("kv_dtype", "int8"),
+        ("seed", -1),
+        ("speculate", "guess"),
+    ],
 )
 def test_an_option_that_is_none_is_said_before_any_file_is_looked_for(
     build: Builder, tmp_path: Path, option: str, value: Any
@@ -82,6 +89,15 @@ def test_cuda_asked_for_and_absent(build: Builder, device: Any) -> None:
 def test_mps_asked_for_and_absent(build: Builder) -> None:
     with pytest.raises(DeviceError, match="device='mps' was asked for, but this machine has no MPS device"):
         build(device="mps")
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_drafts_are_for_a_cpu(build: Builder, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama.loading.choose_device", lambda asked: torch.device(asked))
+    monkeypatch.setattr("llama.loading.check_kv_dtype", lambda kv_dtype, device: None)
+    said = f"speculate='lookup' drafts tokens for a model on a CPU only, not on {device}: leave it out"
+    with pytest.raises(DeviceError, match=re.escape(said)):
+        build(device=device, speculate="lookup")
 
 
 @pytest.mark.parametrize("size", [0, 2, -1, "2", 1.5])

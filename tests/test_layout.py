@@ -31,7 +31,7 @@ WITHOUT_TORCH = {
     "cli", "cli.arguments", "cli.build", "cli.chat", "cli.chat.commands", "cli.chat.conversation", "cli.commands",
     "cli.demo_scenes", "cli.flags", "cli.help", "cli.output", "cli.score", "cli.shell", "cli.token_view",
     "batch", "batch.identity", "batch.input", "batch.lines", "batch.openai", "batch.results", "engine",
-    "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
+    "engine.drafts", "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
     "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
     "errors", "wording", "log", "script", "gate", "checkpoint.find",
 }  # fmt: skip

@@ -18,6 +18,9 @@ from llama.wording import nearest
 
 Format = Literal["text", "jsonl"]
 SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
+_OF_THE_RUN = {  # not of the result
+    "generation", "samples", "time", "time_to_first_token", "drafted_tokens", "accepted_tokens", "tokens_per_step",
+}  # fmt: skip
 _EXPECTED = 'expected {"prompt": …}, {"messages": […]}, a list of messages, or OpenAI\'s batch form'
 
 
@@ -204,14 +207,10 @@ def is_failure(record: bytes) -> bool:
 
 
 def _fields(result: dict[str, Any]) -> dict[str, Any]:
-    """What of a prediction is the same in every run: not its times."""
+    """What of a prediction is the same in every run: not its times, nor how they were saved."""
     generation = result["generation"]
     text = generation if isinstance(generation, str) else generation["content"]
-    kept = {
-        key: value
-        for key, value in result.items()
-        if key not in ("generation", "samples", "time", "time_to_first_token")
-    }
+    kept = {key: value for key, value in result.items() if key not in _OF_THE_RUN}
     if "samples" in result:
         kept["samples"] = [_fields(sample) for sample in result["samples"]]
     return {"text": text, **kept}

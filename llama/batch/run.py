@@ -160,6 +160,8 @@ def _identity(llama: "Llama", params: SamplingParams) -> dict[str, Any]:
         "max_step_tokens": engine.scheduler.max_step_tokens,
         "model_parallel_size": parallel.model_parallel_size(),
     }
+    if engine.speculation:  # results are the same without
+        settings |= {"speculate": engine.speculation.name, "draft_tokens": engine.speculation.most}
     identity = {"model": _model(llama), "parameters": asdict(params), "settings": settings}
     as_read_back: dict[str, Any] = json.loads(json.dumps(identity))
     return as_read_back

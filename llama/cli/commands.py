@@ -11,7 +11,7 @@ from llama import log
 from llama.checkpoint.find import DEMO, find_folder
 from llama.cli.arguments import Command, with_flags
 from llama.cli.build import build, import_libraries
-from llama.cli.flags import MODEL, SAMPLING, sampling_params
+from llama.cli.flags import MODEL, SAMPLING, SCORING_MODEL, sampling_params
 from llama.cli.output import show_completions
 from llama.cli.shell import run
 from llama.errors import LlamaError, ParameterError, PromptError
@@ -137,7 +137,7 @@ def batch(
         sys.exit(1)
 
 
-@with_flags(model=MODEL)
+@with_flags(model=SCORING_MODEL)
 def score(
     file: FilePath, *, format: str | None = None, json: bool = False, top_logprobs: int = 0,
     model: dict[str, Any],
@@ -306,12 +306,15 @@ def _show_prompts(llama: "Llama", texts: list[str]) -> None:
 
 
 def _say_statistics(results: list[Any]) -> None:
-    """Tokens in and out, and how fast, on stderr."""
+    """Tokens in and out, how fast, and what came of drafts, on stderr."""
     if not results:
         return
     read = sum(result["prompt_tokens"] for result in results)
-    made = sum(sample["completion_tokens"] for result in results for sample in result.get("samples", [result]))
-    seconds = max(sample["time"] for result in results for sample in result.get("samples", [result]))
+    samples = [sample for result in results for sample in result.get("samples", [result])]
+    made, seconds = sum(sample["completion_tokens"] for sample in samples), max(sample["time"] for sample in samples)
     first = [result["time_to_first_token"] for result in results if result["time_to_first_token"] is not None]
     began = f", the first after {min(first):.2f} s" if first else ""
-    log.say(f"{read} tokens in, {made} out in {seconds:.2f} s ({made / max(seconds, 1e-9):.1f} tokens/s){began}")
+    drafted, right = (sum(sample.get(f"{which}_tokens", 0) for sample in samples) for which in ("drafted", "accepted"))
+    drafts = f", {right} of {drafted} drafts right" if drafted else ""
+    speed = made / max(seconds, 1e-9)
+    log.say(f"{read} tokens in, {made} out in {seconds:.2f} s ({speed:.1f} tokens/s){began}{drafts}")

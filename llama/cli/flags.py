@@ -36,6 +36,7 @@ MODEL = {
     ),
     **_flags(RunOptions),
 }
+SCORING_MODEL = {name: flag for name, flag in MODEL.items() if name not in ("speculate", "draft_tokens")}
 SAMPLING = _flags(SamplingParams, without=("seed",))  # the model's is the one from which each request's is derived
 
 

@@ -177,7 +177,7 @@ class DecodeLoop:
     def _step(self, size: int, choice: Choice) -> None:
         """Compute a step from the buffers into the buffers. The host reads no tensor here, as a CUDA graph cannot."""
         tokens, slots, positions, top_k, source = self._ints[:, :size]
-        step = Step(tokens, slots, positions, self._row_numbers[:size], (), decodes=True)
+        step = Step(tokens, slots, positions, self._row_numbers[:size], (), all_logits=True, decodes=True)
         logits = self.model(step, self.cache)
         if choice is Choice.ON_HOST:
             assert self._logits is not None  # `logits` made it

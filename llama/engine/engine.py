@@ -5,7 +5,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,14 +15,16 @@ from llama import parallel
 from llama.engine.beam_search import beam_search
 from llama.engine.checks import check_request
 from llama.engine.decode_loop import DecodeLoop, Row, Tokens, can_loop
-from llama.engine.sampling import adjust, no_token, noise_key, sample, top_logprobs, uniform
+from llama.engine.drafts import Speculation
+from llama.engine.next_token import Place, next_tokens
+from llama.engine.sampling import no_token, noise_key, top_logprobs, uniform
 from llama.engine.scheduler import Chunk, Scheduler, Sequence
 from llama.errors import LlamaError, NumericalError, ParameterError
 from llama.interrupts import let_through
 from llama.kernels.sample import greedy
 from llama.model.step import Step
 from llama.model.transformer import Transformer
-from llama.request import FinishReason, Request
+from llama.request import Counts, FinishReason, Request
 
 Observer = Callable[[Request], None]  # called after each token of a request, and when it ends
 
@@ -44,16 +47,23 @@ class Engine:
 
     Where there is a `loop` (on CUDA), steps in which all that runs decodes are launched before the one before them is
     read. What is then computed for a sequence that has just ended is dropped.
+
+    With `speculation`, which only a model on a CPU may have, steps in which all that runs decodes verify drafts too.
     """
 
-    def __init__(self, model: Transformer, slots: int, max_seq_len: int, max_step_tokens: int) -> None:
+    def __init__(
+        self, model: Transformer, slots: int, max_seq_len: int, max_step_tokens: int,
+        speculation: Speculation | None = None,
+    ) -> None:  # fmt: skip
         self.model = model
+        self.speculation = speculation
         self.max_seq_len = max_seq_len
         self.scheduler = Scheduler(slots, max(max_step_tokens, slots))
         self.cache = model.new_cache(slots, max_seq_len)
         self.loop = DecodeLoop(model, self.cache) if can_loop(model, self.cache) else None
         self._ahead: Ahead | None = None
-        self.computed_tokens = 0  # by all steps so far; tokens that came from a shared prefix are not in it
+        self.computed_tokens = 0  # by all steps so far; not those of a shared prefix, nor drafts that were wrong
+        self.counts = Counts()  # of all steps so far
         self._sequences: dict[Request, Sequence] = {}
         self._searches: deque[Request] = deque()  # beam searches; the first may be running
         self._search: Iterator[int] | None = None  # the running one
@@ -85,8 +95,11 @@ class Engine:
     def finish(self, request: Request, reason: FinishReason, error: LlamaError | None = None) -> None:
         """End a request now and free its slot; one that has ended already stays as it is."""
         if request in self._sequences:
-            self.scheduler.remove(self._sequences.pop(request))
+            sequence = self._sequences.pop(request)
+            self.scheduler.remove(sequence)
             self._noise.pop(request)
+            if self.speculation:
+                self.speculation.forget(sequence)
         elif request in self._searches:
             if self._search and request is self._searches[0]:
                 self._search = None
@@ -128,7 +141,16 @@ class Engine:
                 loop.load([_row(chunk) for chunk in chunks])
                 self._ahead = self._launch(loop, [chunk.sequence for chunk in chunks], 0)
             return self._collect(self._ahead)
+        if self.speculation and decodes:
+            drafts = self.speculation.drafts([c.sequence for c in chunks], [self._room(c.sequence) for c in chunks])
+            chunks = [replace(chunk, drafts=own) for chunk, own in zip(chunks, drafts, strict=True)]
         return self._decode_or_prefill(chunks, loop)
+
+    def _room(self, sequence: Sequence) -> int:
+        """How many tokens a sequence may get beside the next one."""
+        request, left = sequence.request, self.max_seq_len - len(sequence.tokens)
+        most = request.params.max_gen_len
+        return (left if most is None else min(left, most - len(request.tokens))) - 1
 
     def _decode_or_prefill(self, chunks: list[Chunk], loop: DecodeLoop | None) -> list[Request]:
         """Compute the logits of chunks, with the loop where there is one, and choose the next tokens from them."""
@@ -209,8 +231,8 @@ class Engine:
         best, finite = greedy(logits)
         progressed, deciding, rows, first = [], [], [], 0
         for chunk, positions in zip(chunks, wanted, strict=True):
-            chunk_rows = range(first, first + len(positions))
-            first = chunk_rows.stop
+            behind = range(first + len(positions), first + len(positions) + len(chunk.drafts))  # the drafts' rows
+            chunk_rows, first = range(first, behind.start), behind.stop
             request = chunk.sequence.request
             if not all(finite[row] for row in chunk_rows):
                 self._fail(chunk.sequence)
@@ -224,22 +246,51 @@ class Engine:
             if request.params.max_gen_len == 0:
                 self.finish(request, "length")
             else:
-                deciding.append(chunk.sequence)
-                rows.append(chunk_rows[-1])
+                deciding.append(chunk)
+                rows += [chunk_rows[-1], *behind]
         if deciding:
-            whole = len(rows) == len(logits)
-            self._decide(deciding, logits if whole else logits[rows], [best[row] for row in rows])
+            taken = logits if len(rows) == len(logits) else logits[rows]
+            chosen = self._choose(deciding, taken, [best[row] for row in rows])
+            choices = zip(chosen, taken, [finite[row] for row in rows], strict=True)
+            for chunk in deciding:
+                self._accept(chunk, list(islice(choices, 1 + len(chunk.drafts))), len(chunks))
         return progressed
 
-    def _decide(self, sequences: list[Sequence], logits: Tensor, best: list[int]) -> None:
-        """Choose the next token of each sequence from its row of logits (R, V), `best` the largest of each."""
-        requests = [sequence.request for sequence in sequences]
-        chosen = _choose(requests, [self._noise[request] for request in requests], logits, best)
-        for row, (sequence, token) in enumerate(zip(sequences, chosen, strict=True)):
+    def _choose(self, chunks: list[Chunk], logits: Tensor, best: list[int]) -> Iterable[int | None]:
+        """The next token behind each chunk, and behind each of its drafts, from rows of logits, `best` the largest."""
+        keys = ((chunk, self._noise[chunk.sequence.request]) for chunk in chunks)
+        places = [
+            Place(chunk.sequence.request, key, chunk.drafts[:n])
+            for chunk, key in keys
+            for n in range(1 + len(chunk.drafts))
+        ]
+        return next_tokens(places, logits, best)
+
+    def _accept(self, chunk: Chunk, choices: list[tuple[int | None, Tensor, bool]], sequences: int) -> None:
+        """Hand a sequence the tokens that its rows chose, up to the first that is not the draft in its place.
+
+        A choice is a token, None where all are forbidden, its row of logits, and whether they are finite.
+        """
+        sequence, request, right = chunk.sequence, chunk.sequence.request, 0
+        for (token, logits, finite), draft in zip(choices, (*chunk.drafts, None), strict=True):
+            if not finite:
+                self._fail(sequence)
+                break
             if token is None:
-                self.finish(sequence.request, "error", no_token(sequence.request))
-            else:
-                self._give_token(sequence, token, logits[row])
+                self.finish(request, "error", no_token(request))
+                break
+            self._give_token(sequence, token, logits)
+            if token != draft:
+                break
+            right += 1
+            if request not in self._sequences:
+                break
+            sequence.cached += 1  # the draft's keys and values are this token's
+            self.computed_tokens += 1
+        for counts in (request.counts, self.counts):
+            counts.add(len(chunk.drafts), right)
+        if chunk.drafts and self.speculation and request in self._sequences:
+            self.speculation.learn(sequence, len(chunk.drafts), right, sequences)
 
     def _give_token(self, sequence: Sequence, token: int, logits: Tensor | None = None) -> None:
         """Hand a sequence its next token, chosen from logits (V,), which only requests for log-probabilities need."""
@@ -283,46 +334,24 @@ def _row(chunk: Chunk) -> Row:
 
 
 def _wanted_rows(chunk: Chunk) -> range:
-    """The positions of a chunk whose logits are needed: all of a scored prompt's, else the last if it decides."""
+    """The positions of a chunk whose logits are needed: all of a scored prompt's, else the last if it decides.
+
+    Those of its drafts are always needed.
+    """
     if chunk.sequence.request.prompt_logprobs:
         return range(chunk.start, chunk.stop)
     return range(chunk.stop - 1, chunk.stop) if chunk.reaches_end else range(0)
 
 
 def _pack(chunks: list[Chunk], wanted: list[range], device: torch.device) -> Step:
-    rows, first = [], 0
+    rows: list[int] = []
+    first = 0
     for chunk, positions in zip(chunks, wanted, strict=True):
+        drafted = first + chunk.stop - chunk.start
         rows += [first + position - chunk.start for position in positions]
-        first += chunk.stop - chunk.start
-    parts = ((c.slot, c.start, c.sequence.tokens[c.start : c.stop]) for c in chunks)
+        rows += range(drafted, first := drafted + len(chunk.drafts))
+    parts = ((c.slot, c.start, [*c.sequence.tokens[c.start : c.stop], *c.drafts]) for c in chunks)
     return Step.pack(parts, rows, device)
-
-
-def _choose(requests: list[Request], keys: list[bytes], logits: Tensor, best: list[int]) -> Iterable[int | None]:
-    """The next token of each request; None for one that forbids every token."""
-    all_greedy = all(request.params.temperature == 0 for request in requests)
-    changed = [row for row, request in enumerate(requests) if not request.params.plain]
-    if not changed:
-        return best if all_greedy else _sample(requests, keys, logits)
-    logits = logits.clone()
-    for row in changed:
-        request = requests[row]
-        logits[row] = adjust(logits[row], request.params, request.prompt, request.tokens, request.stop_tokens)
-    empty = logits.amax(-1) == -torch.inf
-    logits.masked_fill_(empty[:, None], 0)
-    tokens = greedy(logits)[0] if all_greedy else _sample(requests, keys, logits)
-    return [None if none else token for none, token in zip(empty.tolist(), tokens, strict=True)]
-
-
-def _sample(requests: list[Request], keys: list[bytes], logits: Tensor) -> list[int]:
-    columns = [
-        (r.params.temperature, r.params.top_p, r.params.min_p, uniform(key, len(r.prompt) + len(r.tokens)))
-        for r, key in zip(requests, keys, strict=True)
-    ]
-    draws = torch.tensor(columns, device=logits.device).T
-    top_k = torch.tensor([r.params.top_k for r in requests], device=logits.device)
-    tokens: list[int] = sample(logits, draws, top_k).tolist()
-    return tokens
 
 
 def _score(request: Request, positions: range, logits: Tensor) -> None:

@@ -29,11 +29,12 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens start … stop − 1 of a sequence, to be computed in this step."""
+    """Tokens start … stop − 1 of a sequence, to be computed in this step; `drafts` may follow them and are verified."""
 
     sequence: Sequence
     start: int
     stop: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def slot(self) -> int:

@@ -99,7 +99,8 @@ static void run_layer(const Shape *s, const Layer *layer, int64_t longest, const
     add(s, p->x, p->result);
 }
 
-/* One token each of n sequences: tokens[i] at positions[i] of slot slots[i] → logits (n, vocab). */
+/* tokens[i] at positions[i] of slot slots[i] → logits (n, vocab). Tokens of one slot, at positions one after the other,
+   see each other as a prompt's do: in each layer the keys and values of all are written before any query looks. */
 void llama_step(
     const Layer *layers, int64_t n_layers, const Ends *ends, const Shape *s, const int64_t *tokens, const int64_t *slots,
     const int64_t *positions, int64_t longest, float *logits, uint8_t *workspace

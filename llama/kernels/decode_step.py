@@ -1,4 +1,4 @@
-"""A whole decode step in one call of our library: steps of few rows, one token a sequence, on one CPU process."""
+"""A whole decode step in one call of our library: steps of few rows, on one CPU process."""
 
 import ctypes
 from typing import Any
@@ -58,8 +58,8 @@ class DecodeStep:
         return self._freqs_cis is freqs_cis and self._cache is cache
 
     def run(self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """Tokens (N,), the next of N sequences, at `positions` of their `slots`, none of which then holds more than
-        `longest` tokens → logits (N, vocab) float32. Their keys and values are in the cache then."""
+        """Tokens (N,) at `positions` of their `slots`, none of which then holds more than `longest` tokens → logits
+        (N, vocab) float32. Their keys and values are in the cache then; tokens of one slot see those before them."""
         shape, n = self._shape, len(tokens)
         shape.n, shape.threads = n, torch.get_num_threads()
         library = cpu_library(self._cache.keys[0])
@@ -81,6 +81,14 @@ def can_fuse_on_cpu(rows: int, model: Any, cache: Any) -> bool:
     if not (is_packed(model.output.weight) and is_packed(model.layers[-1].attention.wo.weight)):
         return False
     return rows <= MOST_ROWS and bool(keys.dtype == model.dtype) and keys.shape[-1] <= CPU_MAX_HEAD_DIM
+
+
+def rows_alike(model: Any) -> int:
+    """How many rows a step may have of which each is computed as if it were alone, as far as our kernels compute it."""
+    library = cpu_library(model.norm.weight)
+    if library is None or not is_packed(model.output.weight):
+        return MOST_ROWS
+    return min(MOST_ROWS, int(library.llama_most_rows(DTYPE_CODES[model.dtype], variant())))
 
 
 def _pointers(linear: Any) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from llama.kernels.dispatch import GPUKernels, cpu_library, gpu_kernels
 from llama.kernels.ops import CPU_MAX_HEAD_DIM, attend
 from llama.model.flash_attention import flash_kernel_reads, plan_flash
 from llama.model.kv_cache import KVCache, slot_view
-from llama.model.step import Span, Step
+from llama.model.step import SHORT, Span, Step
 
 AttentionPlan = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -118,15 +118,21 @@ class Together(RowPlan):
 
 
 def plan(step: Step, cache: KVCache) -> AttentionPlan:
-    """Single queries go to our kernels, in one call; prompts on CUDA to the flash kernel; SDPA takes what is left."""
+    """Single queries go to our kernels, in one call; prompts on CUDA to the flash kernel; SDPA takes what is left.
+
+    On a CPU the tokens of a short span are single queries too: a token's attention is then the same to the bit, whether
+    it is computed alone or with those around it.
+    """
     gpu = gpu_kernels_for(cache)
     if gpu and step.decodes:
         return GPUSingleQueries(gpu, step.slots, step.positions)
     if flash_kernel_reads(cache.keys[0]):
         return plan_flash(step, cache)
-    has_kernel = gpu is not None or _cpu_kernel_reads(cache.keys[0])
-    singles = [span for span in step.spans if span.n == 1] if has_kernel else []
-    rest = [span for span in step.spans if span.n > 1 or not has_kernel]
+    short = SHORT if step.tokens.device.type == "cpu" else 1
+    singles = [single for span in step.spans if span.n <= short for single in span.singles()]
+    rest = [span for span in step.spans if span.n > short]
+    if not (gpu or _cpu_kernel_reads(cache.keys[0])):
+        singles, rest = [], singles + rest
     sdpa = SDPA(tuple(rest), tuple(_chunk_mask(span, step.tokens.device) for span in rest))
     if not singles:
         return sdpa

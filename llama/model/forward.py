@@ -54,11 +54,11 @@ class Model(Protocol):
 def forward(model: Model, step: Step, cache: KVCache) -> Tensor:
     """Write the step's keys and values into the cache; return the logits (R, vocab) in float32."""
     freqs_cis = _freqs_cis(model, cache)
-    if step.decodes and model_parallel_size() == 1 and not model.prepared.compiled:
-        if can_fuse_on_cpu(len(step.spans), model, cache):
+    if step.all_logits and model_parallel_size() == 1 and not model.prepared.compiled:
+        if can_fuse_on_cpu(len(step.tokens), model, cache):
             longest = max(span.length for span in step.spans)
             return _decode_step(model, freqs_cis, cache).run(step.tokens, step.slots, step.positions, longest)
-        if run := gpu_step(len(step.tokens), model, cache):
+        if step.decodes and (run := gpu_step(len(step.tokens), model, cache)):
             return run(model, freqs_cis, step, cache)
     own = freqs_cis[step.positions][:, None]
     inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), own, plan(step, cache))

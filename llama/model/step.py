@@ -1,10 +1,12 @@
 """`Step`: the contents of one pass through the model, a packed list of tokens of any number of sequences."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+SHORT = 16  # a span of up to so many tokens is computed on a CPU exactly as they are one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,10 @@ class Span:
     def rows(self) -> slice:
         return slice(self.first_row, self.first_row + self.n)
 
+    def singles(self) -> Iterator["Span"]:
+        """Its tokens as spans of their own."""
+        return (Span(self.slot, self.first_row + i, 1, self.start + i) for i in range(self.n))
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -40,7 +46,8 @@ class Step:
     positions: Tensor  # (N,) int64
     logit_rows: Tensor  # (R,) int64
     spans: tuple[Span, ...]
-    decodes: bool  # one token a sequence, and the logits of all, in their order
+    all_logits: bool  # the logits of all tokens are wanted, in their order
+    decodes: bool  # that, and each sequence has one token
 
     @classmethod
     def pack(
@@ -61,5 +68,5 @@ class Step:
         assert all(0 <= row < len(tokens) for row in logit_rows)
         host = torch.tensor([tokens, slots, positions], dtype=torch.int64).to(device)
         rows = torch.tensor(logit_rows, dtype=torch.int64).to(device)
-        decodes = len(spans) == len(tokens) and list(logit_rows) == list(range(len(tokens)))
-        return cls(host[0], host[1], host[2], rows, tuple(spans), decodes)
+        all_logits = list(logit_rows) == list(range(len(tokens)))
+        return cls(host[0], host[1], host[2], rows, tuple(spans), all_logits, all_logits and len(spans) == len(tokens))

@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, inputs)
-        if not step.decodes:
+        if not step.all_logits:
             assert residual is not None  # every model has layers
             x, residual = x[step.logit_rows], residual[step.logit_rows]
         normed, _ = self.norm(x, residual)

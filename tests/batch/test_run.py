@@ -22,6 +22,7 @@ from llama.batch.identity import identity_path
 from llama.batch.input import check_paths
 from llama.batch.run import BLOCK, run_batch, stream_batch
 from llama.errors import ParameterError, PromptError
+from llama.kernels.library import load
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,31 @@ def test_another_run_than_the_one_begun_is_refused(bfloat16: Llama, prompts: Pat
     with pytest.raises(ParameterError, match="different input: sha256 was"):
         run(bfloat16, prompts, output)
     assert output.read_bytes() == begun
+
+
+def test_drafts_change_no_byte(prompts: Path, tmp_path: Path) -> None:
+    """In steps whose tokens are each computed alike; and a run that was begun with drafts goes on with them."""
+    if load()[0] is None:
+        pytest.skip(f"PyTorch's products round by the number of their rows: {load()[1]}")
+    plain, drafting = (
+        Llama.build(
+            str(DEMO), str(DEMO / "tokenizer.model"), 256, 4, device="cpu", quantize="int8", max_step_tokens=8,
+            speculate=way,
+        )
+        for way in (None, "lookup")
+    )  # fmt: skip
+    outputs = [tmp_path / name for name in ("plain.jsonl", "drafts.jsonl")]
+    for llama, output in zip((plain, drafting), outputs, strict=True):
+        run(llama, prompts, output, params=SamplingParams(max_gen_len=40))
+    assert drafting.engine.counts.accepted > 0
+    expected = sorted_lines(outputs[0])
+    assert sorted_lines(outputs[1]) == expected
+    written = outputs[1].read_bytes()
+    outputs[1].write_bytes(written[: len(written) // 2])
+    with pytest.raises(ParameterError, match='speculate was "lookup" and is null'):
+        run(plain, prompts, outputs[1], params=SamplingParams(max_gen_len=40))
+    run(drafting, prompts, outputs[1], params=SamplingParams(max_gen_len=40))
+    assert sorted_lines(outputs[1]) == expected
 
 
 def test_another_model_is_refused(build: Callable[..., Llama], ckpt_dir: Path, prompts: Path, tmp_path: Path) -> None:

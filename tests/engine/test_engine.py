@@ -272,7 +272,7 @@ def test_an_interrupted_step_can_be_taken_again(
         llama.engine.add(one)
     import llama.engine.engine as module
 
-    where, name = (type(llama.model), "forward") if stage == "model" else (module, "_choose")
+    where, name = (type(llama.model), "forward") if stage == "model" else (module, "next_tokens")
     real, calls = getattr(where, name), []
 
     def flaky(*args: object) -> object:

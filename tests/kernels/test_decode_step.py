@@ -8,8 +8,9 @@ from checkpoints import random_weights, save
 from conftest import DEMO
 
 from llama import Llama, SamplingParams
-from llama.kernels import decode_step, dispatch, library
+from llama.kernels import decode_step, dispatch, library, ops, quantized
 from llama.model import forward
+from llama.model.step import Step
 
 LIBRARY = library.load()[0]
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=f"{dispatch.why_not(torch.device('cpu'))}")
@@ -51,6 +52,44 @@ def test_both_ways_give_the_same_bits(
     apart = generated(folder, monkeypatch, False, quantize=quantize, dtype=dtype)
     assert together[:2] == apart[:2]
     assert together[2] >= 11 and apart[2] == 0
+
+
+@pytest.mark.parametrize(
+    "variant", range(LIBRARY.llama_variant() + 1) if LIBRARY else [], ids=lambda n: library.VARIANTS[n]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_token_is_computed_alike_with_those_around_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, quantize: str, dtype: str, variant: int
+) -> None:
+    """Sequences of several tokens each, in one step or a token a step, in one call or layer by layer: the same bits."""
+    for module in (decode_step, ops, quantized):
+        monkeypatch.setattr(module, "variant", lambda: variant)
+    model = Llama.build(
+        str(folder), str(DEMO / "tokenizer.model"), 64, 3, device="cpu", quantize=quantize, dtype=dtype
+    ).model  # fmt: skip
+    lengths = [4, 1, 3] if library.VARIANTS[variant] == "portable" else [7, 1, 5]  # which multiplies 8 rows at most
+    starts, g = [13, 30, 0], torch.Generator().manual_seed(1)
+    texts = [
+        torch.randint(3, 1000, (start + n,), generator=g).tolist() for start, n in zip(starts, lengths, strict=True)
+    ]
+    alone, caches = [], [model.new_cache(3, 64) for _ in range(3)]
+    for slot, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        for position, token in enumerate(text):
+            for cache in caches if position < start else caches[:1]:
+                logits = model(Step.pack([(slot, position, [token])], [0], model.device), cache)
+            if position >= start:
+                alone.append(logits)
+    parts = [(slot, start, text[start:]) for slot, (text, start) in enumerate(zip(texts, starts, strict=True))]
+    step = Step.pack(parts, range(sum(lengths)), model.device)
+    together = model(step, caches[1])
+    monkeypatch.setattr(forward, "can_fuse_on_cpu", lambda rows, model, cache: False)
+    by_layers = model(step, caches[2])
+    assert together.equal(torch.cat(alone)) and by_layers.equal(together)
+    for cache in caches[1:]:
+        for layer in range(PARAMS["n_layers"]):
+            for stored, own in ((caches[0].keys, cache.keys), (caches[0].values, cache.values)):
+                assert all(stored[layer][:, s, : len(t)].equal(own[layer][:, s, : len(t)]) for s, t in enumerate(texts))
 
 
 def test_float32_weights_are_left_to_pytorch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

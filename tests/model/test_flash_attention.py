@@ -73,7 +73,7 @@ def test_a_decode_step_is_planned_on_the_device(flash_kernel: None) -> None:
     """From its tensors alone, whatever is in them later: nothing of it comes from the host's list of spans."""
     cache = cache_of(2)
     step = Step.pack([(3, 5, [1]), (0, 2, [1])], [0, 1], CPU)
-    bare = Step(step.tokens, step.slots, step.positions, step.logit_rows, (), decodes=True)
+    bare = Step(step.tokens, step.slots, step.positions, step.logit_rows, (), all_logits=True, decodes=True)
     for given_step in (step, bare):
         made = flash_attention.plan_flash(given_step, cache)
         assert made.query_starts.tolist() == [0, 1, 2] and made.key_starts.tolist()[:2] == [60, 0]

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
 from llama.batch.lines import check_names
@@ -11,7 +11,7 @@ from llama.cli.chat.conversation import Ask, Conversation, check_text, excerpt, 
 from llama.errors import PromptError
 from llama.gate import one_line
 from llama.paths import check_writable, expanded
-from llama.request import SamplingParams
+from llama.request import Counts, SamplingParams
 from llama.tokenizer import Tokenizer
 from llama.wording import nearest
 
@@ -24,13 +24,17 @@ _WORDS = {"none": None, "true": True, "false": False}
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one answer took; times are in seconds. `computed`: tokens of prompt and answer that were not known yet."""
+    """What one answer took; times are in seconds. `computed`: tokens of prompt and answer that were not known yet.
+
+    `drafts` are those of a build that speculates, which has 0 steps elsewhere.
+    """
 
     prompt_tokens: int
     made_tokens: int
     computed_tokens: int
     time_to_first_token: float | None
     time: float
+    drafts: Counts = field(default_factory=Counts)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -176,15 +180,19 @@ def _stats(talk: Talk, _: str) -> Reply:
     if not talk.turns:
         return Reply(f"Nothing was answered yet.\n{context}")
     rows = zip(("", *_NUMBERS), _column("last answer", talk.turns[-1:]), _column("talk", talk.turns), strict=True)
-    return Reply("\n".join([f"{name:<17}{last:>13}{whole:>13}" for name, last, whole in rows] + [context]))
+    speculates = any(turn.drafts.steps for turn in talk.turns)
+    shown = [row for row in rows if speculates or row[0] not in _OF_DRAFTS]
+    return Reply("\n".join([f"{name:<17}{last:>13}{whole:>13}" for name, last, whole in shown] + [context]))
 
 
-_NUMBERS = ("tokens in", "tokens out", "computed of these", "first token (s)", "tokens/s out")
+_OF_DRAFTS = ("drafted", "of these right", "tokens a step")
+_NUMBERS = ("tokens in", "tokens out", "computed of these", "first token (s)", "tokens/s out", *_OF_DRAFTS)
 
 
 def _column(heading: str, turns: list[Turn]) -> list[str]:
     made, seconds = sum(turn.made_tokens for turn in turns), sum(turn.time for turn in turns)
     first = [turn.time_to_first_token for turn in turns if turn.time_to_first_token is not None]
+    steps, drafted, accepted = (sum(column) for column in zip(*(astuple(turn.drafts) for turn in turns), strict=True))
     return [
         heading,
         str(sum(turn.prompt_tokens for turn in turns)),
@@ -192,6 +200,9 @@ def _column(heading: str, turns: list[Turn]) -> list[str]:
         str(sum(turn.computed_tokens for turn in turns)),
         f"{sum(first) / len(first):.2f}" if first else "-",
         f"{made / seconds:.1f}" if seconds else "-",
+        str(drafted),
+        str(accepted),
+        f"{Counts(steps, drafted, accepted).tokens_per_step:.2f}",
     ]
 
 

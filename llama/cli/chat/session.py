@@ -17,7 +17,7 @@ from llama.cli.output import has_colour
 from llama.cli.token_view import coloured
 from llama.errors import LlamaError, PeerError
 from llama.gate import to_stderr
-from llama.request import Request, SamplingParams
+from llama.request import Counts, Request, SamplingParams
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -105,7 +105,7 @@ def _turn(session: _Session, text: str) -> bool:
     prompt = llama.format_dialog(dialog)
     if session.show_prompt:
         to_stderr(f"llama: prompt {prompt.text!r}, {len(prompt.tokens)} tokens: {prompt.tokens}")
-    computed, answer = llama.engine.computed_tokens, _Answer()
+    computed, drafts, answer = llama.engine.computed_tokens, replace(llama.engine.counts), _Answer()
     result = _answered(session, dialog, answer)
     if reason := _lost(dialog, answer, result):
         notice(reason)
@@ -120,6 +120,7 @@ def _turn(session: _Session, text: str) -> bool:
             computed_tokens=llama.engine.computed_tokens - computed,
             time_to_first_token=result["time_to_first_token"] if result else answer.first,
             time=time.perf_counter() - answer.started,
+            drafts=llama.engine.counts - drafts if llama.engine.speculation else Counts(),
         )
     )
     if result and _fills_context(result, talk):

@@ -11,7 +11,7 @@ import pytest
 from llama.cli.chat.commands import COMMANDS, Reply, Talk, Turn, respond
 from llama.cli.chat.conversation import Conversation
 from llama.errors import LlamaError, ParameterError
-from llama.request import SamplingParams
+from llama.request import Counts, SamplingParams
 from llama.tokenizer import Tokenizer
 
 EXCHANGES = [("A dog?", "Woof."), ("A cat?", "Miau.")]
@@ -214,6 +214,13 @@ def test_statistics_are_of_the_last_answer_and_of_the_talk(talk: Talk) -> None:
         ["tokens/s out", "7.5", "8.0"],
         ["context used", f"{context} of 512 tokens, before the next message"],
     ]
+
+
+def test_statistics_of_drafts_are_shown_where_there_are_any(talk: Talk) -> None:
+    talk.turns = [Turn(100, 10, 110, 0.5, 1.0, Counts(8, 6, 2)), Turn(120, 30, 40, 0.25, 4.0, Counts(10, 24, 20))]
+    rows = [re.split(r"  +", row) for row in said(talk, "/stats").splitlines()]
+    assert rows[6:9] == [["drafted", "24", "30"], ["of these right", "20", "22"], ["tokens a step", "3.00", "2.22"]]
+    assert rows[5][0] == "tokens/s out" and rows[9][0] == "context used"
 
 
 def test_help_lists_every_command_and_how_to_type(talk: Talk) -> None:

@@ -1,0 +1,58 @@
+"""The next token at each of some places, from its row of logits: pure functions."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama.engine.sampling import adjust, sample, uniform
+from llama.kernels.sample import greedy
+from llama.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a token is to be chosen: behind a request's tokens, and behind drafts that may follow them."""
+
+    request: Request
+    key: bytes  # of the request's noise
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def completion(self) -> list[int]:
+        return [*self.request.tokens, *self.drafts]
+
+    @property
+    def noise(self) -> float:
+        return uniform(self.key, len(self.request.prompt) + len(self.request.tokens) + len(self.drafts))
+
+
+def next_tokens(places: Sequence[Place], logits: Tensor, best: list[int]) -> Iterable[int | None]:
+    """The token at each place, from logits (R, V), `best` the largest of each; None where all are forbidden."""
+    all_greedy = all(place.request.params.temperature == 0 for place in places)
+    changed = [row for row, place in enumerate(places) if not place.request.params.plain]
+    if not changed:
+        return best if all_greedy else _sample(places, logits)
+    logits = logits.clone()
+    for row in changed:
+        request = places[row].request
+        logits[row] = adjust(
+            logits[row], request.params, request.prompt, places[row].completion, request.stop_tokens
+        )  # fmt: skip
+    empty = logits.amax(-1) == -torch.inf
+    logits.masked_fill_(empty[:, None], 0)
+    tokens = greedy(logits)[0] if all_greedy else _sample(places, logits)
+    return [None if none else token for none, token in zip(empty.tolist(), tokens, strict=True)]
+
+
+def _sample(places: Sequence[Place], logits: Tensor) -> list[int]:
+    columns = [
+        (params.temperature, params.top_p, params.min_p, place.noise)
+        for place in places
+        for params in (place.request.params,)
+    ]
+    draws = torch.tensor(columns, device=logits.device).T
+    top_k = torch.tensor([place.request.params.top_k for place in places], device=logits.device)
+    tokens: list[int] = sample(logits, draws, top_k).tolist()
+    return tokens
