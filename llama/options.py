@@ -24,8 +24,10 @@ class RunOptions:
     device, is checked when the model is loaded. The help texts are those of the command's flags.
     """
 
-    max_seq_len: int = field(metadata={"help": "the most tokens of one sequence, prompt and completion."})
-    max_batch_size: int = field(metadata={"help": "how many sequences are held at once; more than that take turns."})
+    max_seq_len: int = field(default=2048, metadata={"help": "the most tokens of one sequence, prompt and completion."})
+    max_batch_size: int = field(
+        default=8, metadata={"help": "how many sequences are held at once; more than that take turns."}
+    )
     model_parallel_size: int | None = field(
         default=None, metadata={"help": "how many of torchrun's processes share one model; all if left out."}
     )

@@ -11,8 +11,7 @@ from llama.request import SamplingParams, default_of
 
 # Where a flag differs from its field: a shell names a device, and the two sizes may be left out.
 _IN_A_SHELL: dict[str, tuple[Any, Any]] = {
-    "max_seq_len": (int, 2048), "max_batch_size": (int | None, None), "device": (str | None, None),
-    "dtype": (str | None, None),
+    "max_batch_size": (int | None, None), "device": (str | None, None), "dtype": (str | None, None),
 }  # fmt: skip
 
 
