@@ -37,15 +37,16 @@ def split_axis(name: str) -> int | None:
     Raises CheckpointError for a name that Llama-2 does not have: how it is split cannot be guessed.
     """
     parts = name.split(".")
-    if len(parts) < 2 or parts[-1] not in ("weight", "scales") or parts[-2] not in SPLIT_AXIS:
+    if len(parts) < 2 or parts[-1] not in ("weight", "bias", "scales") or parts[-2] not in SPLIT_AXIS:
         raise CheckpointError(f"{name!r} is not a parameter of Llama-2, so how it is split is not known")
-    return SPLIT_AXIS[parts[-2]]
+    axis = SPLIT_AXIS[parts[-2]]
+    return None if parts[-1] == "bias" and axis == 1 else axis  # such a bias is added to the sum of all parts
 
 
 def format_of(name: str, quantize: str | None) -> str | None:
     """The format of a parameter, by its checkpoint name, in a checkpoint quantised as `quantize`; None: as it is."""
-    kind = name.split(".")[-2]
-    if quantize is None or kind in NEVER_QUANTIZED:
+    *_, kind, leaf = name.split(".")
+    if quantize is None or kind in NEVER_QUANTIZED or leaf == "bias":
         return None
     assert kind in SPLIT_AXIS
     return "int8" if kind == "output" else quantize
@@ -104,10 +105,16 @@ def expected_shapes(args: ModelArgs) -> Shapes:
         "feed_forward.w2": (args.dim, args.hidden_dim), "feed_forward.w3": (args.hidden_dim, args.dim),
         "attention_norm": (args.dim,), "ffn_norm": (args.dim,),
     }  # fmt: skip
+    biases = {
+        "attention.wq": q * args.qkv_bias, "attention.wk": kv * args.qkv_bias, "attention.wv": kv * args.qkv_bias,
+        "attention.wo": args.dim * args.o_bias, "feed_forward.w1": args.hidden_dim * args.mlp_bias,
+        "feed_forward.w2": args.dim * args.mlp_bias, "feed_forward.w3": args.hidden_dim * args.mlp_bias,
+    }  # fmt: skip
     shapes: Shapes = {EMBEDDING: (args.vocab_size, args.dim), "norm.weight": (args.dim,),
                       "output.weight": (args.vocab_size, args.dim)}  # fmt: skip
     for i in range(args.n_layers):
         shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        shapes |= {f"layers.{i}.{name}.bias": (length,) for name, length in biases.items() if length}
     return shapes
 
 

@@ -83,7 +83,7 @@ def fill(model: Transformer, source: Source, device: torch.device, dtype: torch.
         for name, _ in largest_first:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
-            if hasattr(module, "scales"):
+            if leaf == "weight" and hasattr(module, "scales"):
                 weight, scales = _matrix(reader, stored_names(name), dtype, model.weight_format)
                 if scales is not None:
                     module.scales = scales

@@ -7,13 +7,15 @@ from typing import Any
 
 from llama.errors import CheckpointError
 from llama.model.args import ModelArgs
+from llama.model.rope import RopeScaling, rope_scaling
 from llama.paths import read
 from llama.quantization.formats import FORMATS
 
-_POSITIVE_INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of")
+_POSITIVE_INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "own_head_dim", "own_hidden_dim")
 _POSITIVE_NUMBERS = ("norm_eps", "rope_theta", "ffn_dim_multiplier")
 GET = "get the params.json that came with these weights"
-_OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier")
+_OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier", "own_head_dim", "own_hidden_dim")
+_SWITCHES = ("qkv_bias", "o_bias", "mlp_bias")
 # Keys that say something about the files or the run, never about the mathematics.
 HARMLESS = {
     "max_seq_len", "max_batch_size", "kv_dtype", "model_parallel_size", "name", "model_name", "description", "version",
@@ -42,8 +44,14 @@ def read_params(folder: Path) -> tuple[ModelArgs, list[str]]:
     missing = [key for key in ("dim", "n_layers", "n_heads") if key not in given]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}: {GET}")
-    args = ModelArgs(**{key: value for key, value in given.items() if key not in ignored})
-    _check(args, path)
+    sizes = {key: value for key, value in given.items() if key not in ignored}
+    if isinstance(sizes.get("rope_scaling"), dict):
+        try:
+            sizes["rope_scaling"] = rope_scaling(sizes["rope_scaling"])
+        except ValueError as error:
+            raise CheckpointError(f"{path} sets a rope_scaling that cannot be followed: {error}") from None
+    args = ModelArgs(**sizes)
+    check_sizes(args, path)
     return args, [f"{key:.60}" for key in ignored]
 
 
@@ -73,7 +81,8 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return given
 
 
-def _check(args: ModelArgs, path: Path) -> None:
+def check_sizes(args: ModelArgs, path: Path) -> None:
+    """Raise CheckpointError, which names the file that sets them, unless a model can have these sizes."""
     if args.quantize not in (None, *FORMATS):
         raise CheckpointError(f"{path} sets quantize={_shown(args.quantize)}: expected {' or '.join(FORMATS)}")
     for name in (*_POSITIVE_INTS, *_POSITIVE_NUMBERS, "vocab_size"):
@@ -86,7 +95,12 @@ def _check(args: ModelArgs, path: Path) -> None:
             raise CheckpointError(
                 f"{path} sets {name}={_shown(value)}: expected a positive {kind}, at most {_LARGEST[whole]}"
             )
-    if args.dim % args.n_heads or args.head_dim % 2:
+    for name in _SWITCHES:
+        if not isinstance(getattr(args, name), bool):
+            raise CheckpointError(f"{path} sets {name}={_shown(getattr(args, name))}: expected true or false")
+    if not isinstance(args.rope_scaling, RopeScaling | None):
+        raise CheckpointError(f"{path} sets rope_scaling={_shown(args.rope_scaling)}: expected an object")
+    if (args.own_head_dim is None and args.dim % args.n_heads) or args.head_dim % 2:
         raise CheckpointError(f"{path}: dim={args.dim} does not split into n_heads={args.n_heads} heads of even size")
     if args.n_heads % args.kv_heads:
         raise CheckpointError(f"{path}: n_heads={args.n_heads} is not a multiple of n_kv_heads={args.kv_heads}")

@@ -78,7 +78,9 @@ class DecodeStep:
 def can_fuse_on_cpu(rows: int, model: Any, cache: Any) -> bool:
     """Whether `DecodeStep` can compute a step of so many rows: where the matrices are packed for our kernels."""
     keys = cache.keys[0]
-    if not (is_packed(model.output.weight) and is_packed(model.layers[-1].attention.wo.weight)):
+    if model.params.has_bias or not (
+        is_packed(model.output.weight) and is_packed(model.layers[-1].attention.wo.weight)
+    ):
         return False
     return rows <= MOST_ROWS and bool(keys.dtype == model.dtype) and keys.shape[-1] <= CPU_MAX_HEAD_DIM
 

@@ -205,7 +205,9 @@ _BITS_OF = {torch.int8: 8, torch.uint8: 4}
 def can_fuse_on_gpu(rows: int, model: Any) -> bool:
     """Whether `run` can compute a step of so many rows of a model that gpu.py can compute."""
     args, most = model.params, max(outputs for outputs, *_ in SHAPES.values())
-    return rows == 1 and not (args.head_dim % most or args.dim % GROUP.value or args.hidden_dim % GROUP.value)
+    if rows != 1 or args.has_bias or args.head_dim % most:
+        return False
+    return not any(inputs % GROUP.value for inputs in (args.dim, args.n_heads * args.head_dim, args.hidden_dim))
 
 
 def run(model: Any, freqs_cis: Tensor, step: Any, cache: Any) -> Tensor:

@@ -15,6 +15,7 @@ from llama.kernels.dispatch import gpu_step
 from llama.model.args import ModelArgs
 from llama.model.attention import AttentionPlan, plan
 from llama.model.kv_cache import KVCache
+from llama.model.rope import precompute_freqs_cis
 from llama.model.step import Step
 from llama.parallel import model_parallel_size, with_peers
 
@@ -65,22 +66,12 @@ def forward(model: Model, step: Step, cache: KVCache) -> Tensor:
     return model.layer_by_layer(step, inputs)
 
 
-def precompute_freqs_cis(head_dim: int, positions: int, theta: float, device: torch.device) -> Tensor:
-    """Unit complex numbers, as (positions, D/2, 2) float32, for interleaved RoPE (https://arxiv.org/abs/2104.09864).
-
-    Pair i of a head, read as a complex number, is rotated by position · theta^(−2i/D).
-    """
-    freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
-    angles = torch.outer(torch.arange(positions).float(), freqs)
-    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).to(device)
-
-
 def _freqs_cis(model: Model, cache: KVCache) -> Tensor:
     """The model's table, made anew only where a cache is longer than it: captured graphs read it where it is."""
     table = model.prepared.freqs_cis
     if table is None or table.shape[0] < cache.max_seq_len:
         args = model.params
-        table = precompute_freqs_cis(args.head_dim, cache.max_seq_len, args.rope_theta, model.device)
+        table = precompute_freqs_cis(args.head_dim, cache.max_seq_len, args.rope_theta, model.device, args.rope_scaling)
         model.prepared.freqs_cis = table
     return table
 

@@ -37,7 +37,7 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]  # fairscale has
     ranks: int
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(x, self.weight, self.scales, self.output_size_per_partition)
+        y = _plus(product(x, self.weight, self.scales, self.output_size_per_partition), self.bias)
         return gather_from_model_parallel_region(y) if self.gather_output and self.ranks > 1 else y
 
 
@@ -49,23 +49,27 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]  # fairscale has no ty
 
     def forward(self, x: Tensor) -> Tensor:
         y = product(x, self.weight, self.scales, self.out_features)
-        return reduce_from_model_parallel_region(y) if self.ranks > 1 else y
+        return _plus(reduce_from_model_parallel_region(y) if self.ranks > 1 else y, self.bias)
 
 
-def column_parallel(inputs: int, outputs: int, *, gather: bool = False) -> ColumnLinear:
+def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias
+
+
+def column_parallel(inputs: int, outputs: int, *, bias: bool = False, gather: bool = False) -> ColumnLinear:
     mp = model_parallel_size()
     layer = ColumnLinear(mp, mp, bias=False, gather_output=gather, init_method=lambda weight: weight)
     layer.ranks, layer.in_features, layer.out_features = mp, inputs, outputs
     layer.output_size_per_partition = outputs // mp
-    return _on_meta(layer, outputs // mp, inputs)
+    return _on_meta(layer, outputs // mp, inputs, bias)
 
 
-def row_parallel(inputs: int, outputs: int) -> RowLinear:
+def row_parallel(inputs: int, outputs: int, *, bias: bool = False) -> RowLinear:
     mp = model_parallel_size()
     layer = RowLinear(mp, mp, bias=False, input_is_parallel=True, init_method=lambda weight: weight)
     layer.ranks, layer.in_features, layer.out_features = mp, inputs, outputs
     layer.input_size_per_partition = inputs // mp
-    return _on_meta(layer, outputs, inputs // mp)
+    return _on_meta(layer, outputs, inputs // mp, bias)
 
 
 def parallel_embedding(vocab_size: int, dim: int) -> ParallelEmbedding:
@@ -75,10 +79,12 @@ def parallel_embedding(vocab_size: int, dim: int) -> ParallelEmbedding:
     return _on_meta(layer, vocab_size, dim // mp)
 
 
-def _on_meta(layer: Layer, rows: int, columns: int) -> Layer:
-    """Give a layer that was made for size (mp, mp) its real local weight (rows, columns), on the meta device.
+def _on_meta(layer: Layer, rows: int, columns: int, bias: bool = False) -> Layer:
+    """Give a layer that was made for size (mp, mp) its real local weight (rows, columns) and bias, on the meta device.
 
     fairscale's constructors allocate and fill float32 host memory, so a layer is made tiny first.
     """
     layer.weight = nn.Parameter(torch.empty(rows, columns, device="meta"), requires_grad=False)
+    if bias:
+        layer.bias = nn.Parameter(torch.empty(rows, device="meta"), requires_grad=False)
     return layer

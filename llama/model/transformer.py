@@ -37,8 +37,8 @@ class Attention(nn.Module):
         super().__init__()
         mp = model_parallel_size()
         self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads // mp, args.kv_heads // mp, args.head_dim
-        self.wqkv = column_parallel(args.dim, (args.n_heads + 2 * args.kv_heads) * args.head_dim)
-        self.wo = row_parallel(args.n_heads * args.head_dim, args.dim)
+        self.wqkv = column_parallel(args.dim, (args.n_heads + 2 * args.kv_heads) * args.head_dim, bias=args.qkv_bias)
+        self.wo = row_parallel(args.n_heads * args.head_dim, args.dim, bias=args.o_bias)
 
     def queries(self, x: Tensor, freqs_cis: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Tensor:
         """The queries (N, H, D) of x (N, dim), after RoPE; its keys and values go to those rows of the cache."""
@@ -51,8 +51,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.w13 = column_parallel(args.dim, 2 * args.hidden_dim)
-        self.w2 = row_parallel(args.hidden_dim, args.dim)
+        self.w13 = column_parallel(args.dim, 2 * args.hidden_dim, bias=args.mlp_bias)
+        self.w2 = row_parallel(args.hidden_dim, args.dim, bias=args.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.w2(silu_and_mul(self.w13(x)))

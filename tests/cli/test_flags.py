@@ -11,7 +11,7 @@ from llama.cli.flags import MODEL, SAMPLING, sampling_params
 from llama.errors import ParameterError
 from llama.paths import FilePath
 
-OWN = {"max_seq_len": (int, 2048), "max_batch_size": (int | None, None)}  # build has no default for them
+OWN = {"max_batch_size": (int | None, None)}  # a command decides by what it is given
 PATHS = {"ckpt_dir", "tokenizer_path"}  # may be left out: there are the environment and the demo
 DEFAULTS = {name: flag.default for name, flag in SAMPLING.items()}
 
@@ -23,7 +23,7 @@ def test_every_parameter_of_build_is_a_flag() -> None:
         if name in PATHS:
             assert (flag.type, flag.default) == (FilePath | None, None)
         elif name in OWN:
-            assert (flag.type, flag.default) == OWN[name] and parameters[name].default is inspect.Parameter.empty
+            assert (flag.type, flag.default) == OWN[name]
         elif name in ("device", "dtype"):
             assert flag.type == str | None and set(get_args(flag.type)) <= set(get_args(parameters[name].annotation))
             assert flag.default is parameters[name].default is None

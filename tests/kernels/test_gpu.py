@@ -17,8 +17,8 @@ from llama import Llama, SamplingParams
 from llama.engine.decode_loop import DecodeLoop, as_it_is
 from llama.kernels import dispatch, ops
 from llama.model.attention import gpu_kernels_for
-from llama.model.forward import precompute_freqs_cis
 from llama.model.kv_cache import FLOAT8, KVCache
+from llama.model.rope import precompute_freqs_cis
 from llama.quantization.quantize import DEQUANTIZE, QUANTIZE
 
 __all__ = ["gpu", "gpu_path"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama.kernels import dispatch, library, ops
-from llama.model.forward import precompute_freqs_cis
+from llama.model.rope import precompute_freqs_cis
 
 LIBRARY = library.load()[0]
 VARIANTS = range(LIBRARY.llama_variant() + 1) if LIBRARY else ()

@@ -6,7 +6,7 @@ from caches import CPU
 from reference import rope
 
 from llama.kernels.ops import apply_rope
-from llama.model.forward import precompute_freqs_cis
+from llama.model.rope import precompute_freqs_cis
 
 
 @pytest.mark.parametrize("theta", [10000.0, 1e6])
