@@ -90,11 +90,13 @@ class Llama:
             verify=verify, max_step_tokens=max_step_tokens, speculate=speculate, draft_tokens=draft_tokens,
         )  # fmt: skip
         folder, tokenizer_path = find_checkpoint(ckpt_dir, tokenizer_path)
-        model, tokenizer = load(Path(folder), tokenizer_path, options)
+        loaded = load(Path(folder), tokenizer_path, options)
+        model = loaded.model
         step_tokens = memory.step_tokens(model.device, options.max_step_tokens)
         drafting = speculation(model, options, step_tokens)
-        llama = Llama(model, tokenizer, seed=options.seed, max_step_tokens=step_tokens, speculation=drafting)
-        llama.ckpt_dir = Path(folder)
+        llama = Llama(model, loaded.tokenizer, seed=options.seed, max_step_tokens=step_tokens, speculation=drafting)
+        llama.ckpt_dir, llama.files = Path(folder), loaded.files
+        llama.end_ids |= set(loaded.end_ids)
         seconds = time.perf_counter() - started
         log.say(f"{folder}, {chosen(model, options)}, seed={llama.seed}, loaded in {seconds:.2f} s")
         return llama
@@ -112,6 +114,8 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.ckpt_dir: Path | None = None  # where `build` loaded it from
+        self.files: tuple[Path, ...] = ()  # and which files those are
+        self.end_ids = {tokenizer.eos_id}  # the tokens that end a text
         self.seed: int = parallel.broadcast(secrets.randbits(63) if seed is None else seed, model.device)
         sizes = model.params
         self.engine = Engine(model, sizes.max_batch_size, sizes.max_seq_len, max_step_tokens, speculation)
@@ -325,7 +329,7 @@ class Llama:
         for sample in range(params.n):
             request = Request(
                 tokens, params, derive_seed(seed, sample) if sample else seed,
-                stop_tokens=frozenset((self.tokenizer.eos_id, *params.stop_token_ids)),
+                stop_tokens=frozenset((*self.end_ids, *params.stop_token_ids)),
                 prompt_logprobs=score or (echo and (params.logprobs or params.top_logprobs > 0)),
                 name=name,
             )  # fmt: skip

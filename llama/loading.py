@@ -1,14 +1,14 @@
 """A checkpoint folder and a tokenizer's path → a model on this machine, and its tokenizer: what `build` decides."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from llama import log, parallel
 from llama.checkpoint import loader
-from llama.checkpoint.checklist import verify as verify_checklist
-from llama.checkpoint.source import open_source
+from llama.checkpoint.source import Source, open_source
+from llama.checkpoint.verify import verify
 from llama.device import choose_device, default_threads, parse_dtype
 from llama.engine.drafts import Lookup, Speculation
 from llama.errors import CheckpointError, DeviceError, TokenizerError
@@ -22,7 +22,17 @@ from llama.tokenizer import Tokenizer
 LLAMA_2_VOCABULARY = 32000
 
 
-def load(folder: Path, tokenizer_path: str, options: RunOptions) -> tuple[Transformer, Tokenizer]:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model and what belongs to it."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    files: tuple[Path, ...]  # of the checkpoint
+    end_ids: tuple[int, ...]  # the tokens that end a text, beside the tokenizer's own
+
+
+def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
     """The model of a checkpoint folder, as the options say, and its tokenizer."""
     device, dtype = choose_device(options.device), parse_dtype(options.dtype)
     check_kv_dtype(options.kv_dtype, device)
@@ -34,11 +44,16 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> tuple[Transf
         torch.set_num_threads(options.threads or default_threads())
     parallel.initialize(device, options.model_parallel_size)
     source = open_source(folder)
+    if source.window is not None and options.max_seq_len > source.window:
+        raise CheckpointError(
+            f"{folder} looks back {source.window} tokens and no further (sliding_window), which is not computed here:"
+            f" choose max_seq_len up to {source.window}, where that makes no difference"
+        )
     if options.verify and parallel.local_rank() == 0:  # once a machine; where it fails, torchrun ends the others
-        verify_checklist(folder)
+        verify(folder)
     tokenizer = Tokenizer(tokenizer_path)
     args = replace(
-        source.args, vocab_size=_check_vocabulary(source.args.vocab_size, source.vocab_size, tokenizer),
+        source.args, vocab_size=_check_vocabulary(source, tokenizer),
         max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size,
     )  # fmt: skip
     model = loader.load(source, args, options, device, dtype)
@@ -50,7 +65,12 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> tuple[Transf
         log.say(reason)
     if source.ignored:
         log.say(f"ignored in params.json: {', '.join(source.ignored)}")
-    return model, tokenizer
+    if source.trained_length is not None and options.max_seq_len > source.trained_length:
+        log.say(
+            f"max_seq_len={options.max_seq_len} is more than the {source.trained_length} positions that this model was"
+            " made for: text beyond them may be bad"
+        )
+    return Loaded(model, tokenizer, (*source.described_by, *source.files), source.end_ids)
 
 
 def speculation(model: Transformer, options: RunOptions, max_step_tokens: int) -> Speculation | None:
@@ -74,14 +94,19 @@ def chosen(model: Transformer, options: RunOptions) -> str:
     )
 
 
-def _check_vocabulary(declared: int, weights: int, tokenizer: Tokenizer) -> int:
-    """The vocabulary size, on which params.json (−1: not said), the weights and the tokenizer must agree."""
-    words = tokenizer.n_words
+def _check_vocabulary(source: Source, tokenizer: Tokenizer) -> int:
+    """The vocabulary size, on which params.json (−1: not said), the weights and the tokenizer must agree.
+
+    Where tables are padded, the tokenizer may have fewer tokens.
+    """
+    declared, weights, words = source.args.vocab_size, source.vocab_size, tokenizer.n_words
+    if weights == declared and source.pads_vocabulary and words <= weights:
+        return weights
     if weights == words and declared in (-1, words):
         return words
-    said = "nothing" if declared == -1 else str(declared)
+    said, described = "nothing" if declared == -1 else str(declared), source.described_by[0].name
     facts = (
-        f"the weights have {weights} tokens, the tokenizer {tokenizer.model_path} has {words}, params.json says {said}"
+        f"the weights have {weights} tokens, the tokenizer {tokenizer.model_path} has {words}, {described} says {said}"
     )
     if declared == weights or (declared == -1 and weights == LLAMA_2_VOCABULARY):
         raise TokenizerError(f"{facts}: the tokenizer looks wrong; use the one that came with these weights")

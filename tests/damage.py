@@ -1,4 +1,4 @@
-"""Damage to the four kinds of file of a checkpoint: which and where, a seed decides."""
+"""Damage to each kind of file of a checkpoint: which and where, a seed decides."""
 
 import contextlib
 import io
@@ -14,7 +14,8 @@ from pathlib import Path
 from random import Random
 
 FILES = {"weights": "consolidated.*.pth", "params": "params.json", "tokenizer": "tokenizer.model",
-         "checklist": "checklist.chk"}  # fmt: skip
+         "checklist": "checklist.chk", "tensors": "*.safetensors", "config": "*config.json",
+         "index": "*.index.json"}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ runs of bytes
@@ -171,7 +172,9 @@ VALUES = (
 )  # fmt: skip
 DEEP = ("[" * 990 + "]" * 990, "[" * 50000, '{"a":' * 1200 + "1" + "}" * 1200, "9" * 400, "9" * 5000)
 KEYS = ("use_scaled_rope", "moe", "lora_args", "max_seq_len", "kv_dtype", "name", "quantize", "rope_theta",
-        "n_kv_heads", "ffn_dim_multiplier", "norm_eps", "vocab_size", "", "two words", "\u00e9")  # fmt: skip
+        "n_kv_heads", "ffn_dim_multiplier", "norm_eps", "vocab_size", "", "two words", "\u00e9", "own_head_dim",
+        "rope_scaling", "qkv_bias", "model_type", "head_dim", "num_key_value_heads", "attention_bias",
+        "rope_parameters", "quantization_config", "sliding_window", "tie_word_embeddings", "eos_token_id")  # fmt: skip
 
 
 def other_params(r: Random, data: bytes) -> bytes:
@@ -190,6 +193,30 @@ def other_params(r: Random, data: bytes) -> bytes:
             del pairs[place]
     text = "{" + ", ".join(f"{key}: {value}" for key, value in pairs) + "}"
     return text.encode(r.choice(("utf-8", "utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32")))
+
+
+def other_header(r: Random, data: bytes) -> bytes:
+    """The table of a safetensors file says something else of its tensors, and fits its own length."""
+    size = struct.unpack("<Q", data[:8])[0]
+    header, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
+    for _ in range(r.choice((1, 1, 3))):
+        name = r.choice(list(header))
+        entry = header[name]
+        what = r.choice(("dtype", "shape", "data_offsets", "rename", "remove", "whole"))
+        if what == "dtype":
+            entry["dtype"] = r.choice(("F32", "F16", "BF16", "I8", "U8", "BOOL", "F8_E4M3", "F64", "X", 1, None))
+        elif what in ("shape", "data_offsets"):
+            entry[what] = [r.choice((0, 1, -1, 2**31, 2**63, 2**70, 1.5, "1", entry["data_offsets"][1])) for _ in "ab"]
+        elif what == "rename":
+            header[r.choice(NAMES[:-2])] = header.pop(name)
+        elif what == "remove" and len(header) > 1:
+            del header[name]
+        else:
+            header[name] = json.loads(r.choice(VALUES[10:20]).replace("1e400", "1"))
+            break
+    text = json.dumps(header).encode()
+    length = len(text) if r.random() < 0.9 else r.choice((0, 1, 2**20, 2**40, 2**64 - 1))
+    return struct.pack("<Q", length) + text + rest
 
 
 def number(data: bytes, at: int) -> tuple[int, int]:
@@ -291,7 +318,9 @@ def other_lines(r: Random, data: bytes) -> bytes:
 
 
 OWN = {"weights": (other_tensors, other_tensors, pickle_damaged), "params": (other_params, other_params),
-       "tokenizer": (other_pieces, other_pieces, other_settings), "checklist": (other_lines,)}  # fmt: skip
+       "tokenizer": (other_pieces, other_pieces, other_settings), "checklist": (other_lines,),
+       "tensors": (other_header, other_header), "config": (other_params, other_params),
+       "index": (other_params,)}  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- whole files
@@ -332,7 +361,7 @@ WHOLE = (of_another_checkpoint, no_file)
 
 
 def sound(folder: Path) -> Path:
-    """The checkpoints that are damaged: plain, in int8, in int4, and plain in two shards, with the demo's tokenizer."""
+    """The checkpoints that are damaged: plain, in int8, in int4, in two shards, and as a Hugging Face folder."""
     import torch
     from checkpoints import SMALL, random_weights, save
 
@@ -350,15 +379,49 @@ def sound(folder: Path) -> Path:
     save(folder / "plain", params, random_weights(params, torch.bfloat16))  # as torch.save writes it, not as we do
     sums = {name: md5((folder / "plain" / name).read_bytes()).hexdigest() for name in read_checklist(folder / "plain")}
     (folder / "plain" / "checklist.chk").write_text(format_checklist(sums))
+    huggingface_folder(folder / "huggingface", params, random_weights(params, torch.bfloat16))
+    shutil.copy(demo / "tokenizer.model", folder / "huggingface")
     shutil.rmtree(first)
     return folder
+
+
+def huggingface_folder(folder: Path, params: dict, weights: dict) -> None:
+    """The same in a Hugging Face folder: two files with their index."""
+    from safetensors.torch import save_file
+
+    from llama import ModelArgs
+    from llama.checkpoint.huggingface import their_name, to_halves, turns_in_halves
+
+    args = ModelArgs(**params)
+    folder.mkdir()
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim, "num_hidden_layers": args.n_layers, "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.kv_heads, "rms_norm_eps": args.norm_eps, "vocab_size": args.vocab_size,
+        "rope_theta": args.rope_theta, "hidden_act": "silu", "eos_token_id": 2, "tie_word_embeddings": False,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "max_position_embeddings": 64,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "temperature": 0.6}))
+    renamed = {
+        their_name(name): to_halves(t, args.head_dim).contiguous() if turns_in_halves(name) else t
+        for name, t in weights.items()
+    }
+    index, names = {}, sorted(renamed)
+    for number, some in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: renamed[name] for name in some}, folder / file)
+        index |= dict.fromkeys(some, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def damage(seed: int, sounds: Path, folder: Path) -> tuple[str, str]:
     """Write the damaged checkpoint of a seed into `folder`; returns which kind of file was damaged, and how."""
     r = Random(seed)
-    shutil.copytree(sounds / r.choice(("plain", "plain", "int8", "int4", "two")), folder)
-    kind = r.choice(("weights", "weights", "weights", "params", "params", "tokenizer", "tokenizer", "checklist"))
+    base = r.choice(("plain", "plain", "int8", "int4", "two", "huggingface", "huggingface"))
+    shutil.copytree(sounds / base, folder)
+    metas = ("weights", "weights", "weights", "params", "params", "tokenizer", "tokenizer", "checklist")
+    kind = r.choice(("tensors", "tensors", "tensors", "config", "config", "index") if base == "huggingface" else metas)
     path = r.choice(sorted(folder.glob(FILES[kind])))
     drawn = r.random()
     if drawn < 0.1:

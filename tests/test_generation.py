@@ -29,7 +29,7 @@ def test_signatures_are_metas() -> None:
 
     empty = inspect.Parameter.empty
     assert positional(Llama.build) == [
-        ("ckpt_dir", empty), ("tokenizer_path", empty), ("max_seq_len", empty), ("max_batch_size", empty),
+        ("ckpt_dir", None), ("tokenizer_path", None), ("max_seq_len", 2048), ("max_batch_size", 8),  # there: none
         ("model_parallel_size", None), ("seed", 1),
     ]  # fmt: skip
     sampling = [("temperature", 0.6), ("top_p", 0.9)]

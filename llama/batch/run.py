@@ -168,9 +168,7 @@ def _identity(llama: "Llama", params: SamplingParams) -> dict[str, Any]:
 
 
 def _model(llama: "Llama") -> str:
-    folder = llama.ckpt_dir
-    files = [] if folder is None else [folder / "params.json", *sorted(folder.glob("consolidated.*.pth"))]
-    return fingerprint([*files, llama.tokenizer.model_path])
+    return fingerprint([*llama.files, llama.tokenizer.model_path])
 
 
 def _results(

@@ -56,7 +56,7 @@ def verify(folder: Path) -> int:
     total = sum((folder / name).stat().st_size for name in present)
     with bar_of_bytes("verifying", total) as move:
         for name in present:
-            if _sum_of(folder / name, move) != sums[name]:
+            if sum_of(folder / name, move, md5()) != sums[name]:
                 faults.append(f"{name} differs")
     if faults:
         raise CheckpointError(f"{folder} does not match its checklist.chk: {', '.join(faults)}; download again")
@@ -66,8 +66,8 @@ def verify(folder: Path) -> int:
 md5 = partial(hashlib.md5, usedforsecurity=False)  # a guard against torn downloads, as Meta ships it
 
 
-def _sum_of(path: Path, move: Move) -> str:
-    digest = md5()
+def sum_of(path: Path, move: Move, digest: "hashlib._Hash") -> str:
+    """The sum of a file, which a fresh `digest` computes."""
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)

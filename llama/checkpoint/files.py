@@ -14,6 +14,7 @@ from llama.errors import CheckpointError
 from llama.paths import opened
 from llama.wording import listed
 
+AGAIN = "download it again"
 OFFERED_BY = {"_io": "io", "posix": "os", "nt": "os"}  # the module by which users know what these hold
 
 
@@ -76,23 +77,28 @@ def open_shard(path: Path) -> dict[str, Tensor]:
 
 
 def _check_file(path: Path) -> None:
-    try:
-        with opened(path) as file:
-            head = file.read(64)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    size = path.stat().st_size
-    again = "download it again"
-    if size == 0:
-        raise CheckpointError(f"{path} is empty (0 bytes): {again}")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a git-lfs pointer ({size} bytes), not the weights: run git lfs pull")
-    if head.lstrip().startswith(b"<"):
-        raise CheckpointError(f"{path} is an HTML page ({size} bytes), not weights: the download link failed; {again}")
+    head, size = file_head(path)
     if not head.startswith(b"PK\x03\x04"):
         if head.startswith(b"\x80"):
             raise CheckpointError(
                 f"{path} ({size} bytes) is a bare pickle, not the zip format that can be memory-mapped:"
                 " refused unread; if you trust it, save it again with torch.save"
             )
-        raise CheckpointError(f"{path} ({size} bytes) is not a PyTorch file: it begins with {head[:8]!r}; {again}")
+        raise CheckpointError(f"{path} ({size} bytes) is not a PyTorch file: it begins with {head[:8]!r}; {AGAIN}")
+
+
+def file_head(path: Path) -> tuple[bytes, int]:
+    """The first bytes of a file of weights, and its size. Raises CheckpointError for what failed downloads leave."""
+    try:
+        with opened(path) as file:
+            head = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    size = path.stat().st_size
+    if size == 0:
+        raise CheckpointError(f"{path} is empty (0 bytes): {AGAIN}")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a git-lfs pointer ({size} bytes), not the weights: run git lfs pull")
+    if head.lstrip().startswith(b"<"):
+        raise CheckpointError(f"{path} is an HTML page ({size} bytes), not weights: the download link failed; {AGAIN}")
+    return head, size

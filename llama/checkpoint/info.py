@@ -59,6 +59,7 @@ class Info(TypedDict):
     max_batch_size: int
     weights_bytes: int
     cache_bytes: int
+    more: dict[str, str]  # what else the format of the files says
     devices: list[DeviceInfo]
 
 
@@ -92,6 +93,7 @@ def describe(folder: Path, max_seq_len: int, max_batch_size: int) -> Info:
         max_batch_size=max_batch_size,
         weights_bytes=needed.weights,
         cache_bytes=needed.cache_per_token * max_seq_len * max_batch_size,
+        more={name: fact for name, fact in source.facts.items() if fact},
         devices=[_on(device, args, stored, max_seq_len, max_batch_size) for device in _devices()],
     )
 
@@ -146,6 +148,7 @@ def text(info: Info) -> str:
         "heads": f"{info['n_heads']} of {info['head_dim']}, {info['n_kv_heads']} kv heads",
         "vocabulary": f"{info['vocab_size']} tokens",
         "constants": f"norm_eps {info['norm_eps']:g}, rope_theta {info['rope_theta']:.10g}",
+        **info["more"],
         "params.json": f"ignored: {', '.join(info['ignored_params'])}" if info["ignored_params"] else "",
         "processes": either(info["processes"]),
         "KV cache": f"{in_units(info['cache_bytes'])} for {sequences} of {info['max_seq_len']} tokens",

@@ -17,12 +17,14 @@ from llama.wording import either
 JOINED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
 IGNORED = {"rope.freqs"}  # old files carry the RoPE frequencies, which are computed here
 
-EMBEDDING = "tok_embeddings.weight"
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 NEVER_QUANTIZED = {"tok_embeddings", "norm", "attention_norm", "ffn_norm"}
 
 SCALE_DTYPE = torch.float16
 
 Shapes = dict[str, tuple[int, ...]]  # by name
+
+BIASED = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # what may have a bias
 
 # The axis along which Meta's model parallelism splits each weight; None: every process has it whole.
 SPLIT_AXIS = {
@@ -37,7 +39,8 @@ def split_axis(name: str) -> int | None:
     Raises CheckpointError for a name that Llama-2 does not have: how it is split cannot be guessed.
     """
     parts = name.split(".")
-    if len(parts) < 2 or parts[-1] not in ("weight", "bias", "scales") or parts[-2] not in SPLIT_AXIS:
+    known = len(parts) > 1 and parts[-2] in SPLIT_AXIS and parts[-1] in ("weight", "scales")
+    if not (known or (len(parts) > 1 and parts[-2] in BIASED and parts[-1] == "bias")):
         raise CheckpointError(f"{name!r} is not a parameter of Llama-2, so how it is split is not known")
     axis = SPLIT_AXIS[parts[-2]]
     return None if parts[-1] == "bias" and axis == 1 else axis  # such a bias is added to the sum of all parts
@@ -111,7 +114,7 @@ def expected_shapes(args: ModelArgs) -> Shapes:
         "feed_forward.w2": args.dim * args.mlp_bias, "feed_forward.w3": args.hidden_dim * args.mlp_bias,
     }  # fmt: skip
     shapes: Shapes = {EMBEDDING: (args.vocab_size, args.dim), "norm.weight": (args.dim,),
-                      "output.weight": (args.vocab_size, args.dim)}  # fmt: skip
+                      OUTPUT: (args.vocab_size, args.dim)}  # fmt: skip
     for i in range(args.n_layers):
         shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
         shapes |= {f"layers.{i}.{name}.bias": (length,) for name, length in biases.items() if length}

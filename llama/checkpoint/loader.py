@@ -43,7 +43,7 @@ def load(
     source.check(args)
     weight_format = _weight_format(source, options.quantize)
     processes = model_parallel_size()
-    check_split(args, len(source.files), processes)
+    check_split(args, source.shards, processes)
     check_groups(expected_shapes(args), weight_format, processes)
     dtype = dtype or choose_dtype(checkpoint_dtype(source), device)
     needed = memory.need(
@@ -76,11 +76,12 @@ def fill(model: Transformer, source: Source, device: torch.device, dtype: torch.
     reader = _Reader(source, model_parallel_size(), model_parallel_rank(), device)
     # What a tensor needs beside itself is then gone before all is there.
     largest_first = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
-    sizes = {name: reader.sizes(stored_names(name)) for name, _ in largest_first}
+    shared = _shared(model, source, device, dtype)
+    sizes = {name: reader.sizes(stored_names(name)) for name, _ in largest_first if name not in shared}
     doing = "loading" if source.args.quantize == model.weight_format else f"loading as {model.weight_format}"
     count, of = 0, sum(map(len, sizes.values()))
     with bar_of_bytes(doing, sum(map(sum, sizes.values()))) as move:
-        for name, _ in largest_first:
+        for name in sizes:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             if leaf == "weight" and hasattr(module, "scales"):
@@ -93,7 +94,17 @@ def fill(model: Transformer, source: Source, device: torch.device, dtype: torch.
             del weight
             count += len(sizes[name])
             move(sum(sizes[name]), f"{count} of {of} tensors")
+    for name, other in shared.items():
+        model.get_submodule(name.removesuffix(".weight")).weight = model.get_parameter(other)
     _return_memory()
+
+
+def _shared(model: Transformer, source: Source, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Parameters that can be those of other names: where both are whole, and neither is quantised or packed."""
+    if model.weight_format or model_parallel_size() > 1:
+        return {}
+    like = torch.empty((0, model.params.dim), dtype=dtype, device=device)
+    return {} if can_pack(like, dtype) else dict(source.aliases)
 
 
 def _matrix(

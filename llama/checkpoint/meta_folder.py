@@ -1,18 +1,17 @@
 """`MetaFolder`: a checkpoint in Meta's layout, params.json and the shards of its model-parallel processes."""
 
-import ctypes
-import mmap
-import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llama.checkpoint.config import end_ids
 from llama.checkpoint.files import find_shards, open_shard
 from llama.checkpoint.layout import EMBEDDING, IGNORED, shard_shape, split_axis, stored_dtype, stored_shapes
-from llama.checkpoint.params import read_params
+from llama.checkpoint.pages import release_pages
+from llama.checkpoint.params import PADDED, read_params
 from llama.checkpoint.resharding import plan
 from llama.errors import CheckpointError
 from llama.model.args import ModelArgs
@@ -25,10 +24,19 @@ class MetaFolder:
     Each shard has an equal part of every tensor that has a split axis, and the whole of every other.
     """
 
+    trained_length = window = None
+    aliases: Mapping[str, str] = {}  # nobody changes it
+    facts: Mapping[str, str] = {}  # as above
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = find_shards(folder)  # a missing file is said before what is in another
-        self.args, self.ignored = read_params(folder)
+        self.args, ignored = read_params(folder)
+        self.ignored = [key for key in ignored if key != PADDED]
+        self.pads_vocabulary = PADDED in ignored
+        self.described_by = [folder / "params.json"]
+        self.end_ids = end_ids(folder)
+        self.shards = len(self.files)
 
     @cached_property
     def _shards(self) -> list[dict[str, Tensor]]:
@@ -62,14 +70,7 @@ class MetaFolder:
             yield self._shards[piece.shard][name].narrow(axis, piece.start, piece.stop - piece.start)
 
     def release(self, piece: Tensor) -> None:
-        """Let go of the mapped pages of a piece's tensor, so that they do not count as this process's memory."""
-        if sys.platform != "linux":
-            return
-        storage, page = piece.untyped_storage(), mmap.PAGESIZE
-        first, last = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-        begin, end = -(-first // page) * page, last // page * page
-        if end > begin:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+        release_pages(piece)
 
     def check(self, args: ModelArgs) -> None:
         """Raise CheckpointError that lists what is missing, unexpected, or of a wrong shape or dtype in a shard."""

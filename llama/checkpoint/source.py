@@ -1,6 +1,6 @@
 """`Source`: the tensors of a checkpoint, by Meta's names, whatever files they lie in."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llama.checkpoint.huggingface import HuggingFaceFolder
 from llama.checkpoint.layout import EMBEDDING, split_axis
 from llama.checkpoint.meta_folder import MetaFolder
 from llama.model.args import ModelArgs
@@ -26,7 +27,39 @@ class Source(Protocol):
 
     @property
     def files(self) -> Sequence[Path]:
-        """The files in which the tensors lie, to be counted and described."""
+        """The files in which the tensors lie, to be described."""
+
+    @property
+    def described_by(self) -> Sequence[Path]:
+        """The small files that say what the tensors are."""
+
+    @property
+    def shards(self) -> int:
+        """Into how many equal parts the tensors are split."""
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, beside the tokenizer's own."""
+
+    @property
+    def trained_length(self) -> int | None:
+        """How many positions the model was made for, where that is said."""
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens attention looks back, where that is not to the beginning: longer texts cannot be run."""
+
+    @property
+    def pads_vocabulary(self) -> bool:
+        """Whether the tables may have more rows than the tokenizer has tokens."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Names of tensors that are those of other names: one of the two is enough, where both are held alike."""
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What else people may want to know of the checkpoint: name → words."""
 
     @property
     def args(self) -> ModelArgs:
@@ -65,7 +98,9 @@ class Source(Protocol):
 
 
 def open_source(folder: Path) -> Source:
-    """The checkpoint in a folder."""
+    """The checkpoint in a folder: in Meta's layout, or else in that of transformers, where it has a config.json."""
+    if not any(folder.glob("consolidated.*.pth")) and (folder / "config.json").is_file():
+        return HuggingFaceFolder(folder)
     return MetaFolder(folder)
 
 

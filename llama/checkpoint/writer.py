@@ -26,17 +26,22 @@ from llama.checkpoint.layout import (
     stored_dtype,
     stored_shapes,
 )
+from llama.checkpoint.params import params_json
 from llama.checkpoint.pth_writer import Tensors, write_shard
 from llama.checkpoint.source import Source, open_checked, read_slice
 from llama.errors import CheckpointError, ParameterError
 from llama.kernels import quantized
+from llama.model.args import ModelArgs
 from llama.paths import kind, read
 from llama.progress import bar_of_bytes
 from llama.quantization.formats import check_format
 from llama.wording import in_units
 
 MOST_SHARDS = 100  # consolidated.00.pth … consolidated.99.pth
-COPIED = ("params.json", "tokenizer.model")
+COPIED = (
+    "params.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
 _MOST_BYTES = 1 << 26  # of each of them
 NEW = "choose a folder that is new or empty"
 
@@ -44,7 +49,7 @@ NEW = "choose a folder that is new or empty"
 def reshard(folder: Path, out: Path, processes: int) -> list[Path]:
     """Write the checkpoint of `folder` anew in the folder `out`, in one shard for each process; returns their paths.
 
-    Dtypes and params.json stay as they are; a tokenizer.model that lies in `folder` comes along. What can be checked is
+    Dtypes and params.json stay as they are; a tokenizer that lies in `folder` comes along. What can be checked is
     checked first. Raises CheckpointError where a file cannot be read or written, and leaves nothing then, DeviceError
     where the model cannot be split.
     """
@@ -53,7 +58,7 @@ def reshard(folder: Path, out: Path, processes: int) -> list[Path]:
             f"model_parallel_size={processes!r} is out of range: expected an integer from 1 to {MOST_SHARDS}"
         )
     source, args = open_checked(folder)
-    check_split(args, len(source.files), processes, "choose")
+    check_split(args, source.shards, processes, "choose")
     source.check_dtypes()
     _check_other(out, folder)
     check_groups(expected_shapes(args), args.quantize, processes)
@@ -65,7 +70,7 @@ def reshard(folder: Path, out: Path, processes: int) -> list[Path]:
     def contents(rank: int, name: str) -> Tensor:
         return _slice(source, name, processes, rank)
 
-    return write_folder(out, [layout] * processes, contents, _copied(folder))
+    return write_folder(out, [layout] * processes, contents, _small_files(source, args))
 
 
 def quantize(folder: Path, out: Path, weight_format: str) -> list[Path]:
@@ -79,7 +84,7 @@ def quantize(folder: Path, out: Path, weight_format: str) -> list[Path]:
         raise CheckpointError(f"{folder} is quantised already, as {args.quantize}: quantise what it was made from")
     _check_other(out, folder)
     source.check_dtypes()
-    shards = len(source.files)
+    shards = source.shards
     check_groups(expected_shapes(args), weight_format, shards)
     quantized_args = replace(args, quantize=weight_format)
     layout = {
@@ -98,7 +103,7 @@ def quantize(folder: Path, out: Path, weight_format: str) -> list[Path]:
         integers, scales = matrix(number, name.removesuffix("scales").removesuffix("weight") + "weight", own_format)
         return scales if name.endswith("scales") else integers
 
-    files = _copied(folder)
+    files = _small_files(source, args)
     files["params.json"] = json.dumps({**json.loads(files["params.json"]), "quantize": weight_format}).encode()
     return write_folder(out, [layout] * shards, contents, files)
 
@@ -110,9 +115,17 @@ def _slice(source: Source, name: str, processes: int, rank: int) -> Tensor:
     return tensor
 
 
-def _copied(folder: Path) -> dict[str, bytes]:
-    """The small files that go into the new folder as they are."""
-    return {name: _read(folder / name) for name in COPIED if (folder / name).exists()}
+def _small_files(source: Source, args: ModelArgs) -> dict[str, bytes]:
+    """The small files that go into the new folder: as they are, or as Meta's layout has them."""
+    folder = source.folder
+    files = {name: _read(folder / name) for name in COPIED if (folder / name).exists()}
+    if "params.json" not in files:
+        files["params.json"] = params_json(args, padded=source.pads_vocabulary).encode()
+        if source.end_ids:
+            generation = json.loads(files.get("generation_config.json", b"{}"))
+            generation["eos_token_id"] = list(source.end_ids)
+            files["generation_config.json"] = json.dumps(generation).encode()
+    return files
 
 
 def _dtype(name: str, weight_format: str, source: Source) -> torch.dtype:

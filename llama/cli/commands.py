@@ -195,16 +195,15 @@ def info(
 @with_flags()
 @_once
 def verify(ckpt_dir: FilePath | None = None) -> None:
-    """Compare a checkpoint's files with the sums in its checklist.chk.
+    """Compare a checkpoint's files with the sums that came with them, and with what they say of each other.
 
     Args:
         ckpt_dir: the checkpoint folder; else LLAMA_CKPT_DIR, else the bundled demo.
     """
-    from llama.checkpoint import checklist
+    from llama.checkpoint.verify import verify
 
     folder = find_folder(ckpt_dir)
-    count = checklist.verify(folder)
-    print(one_line(f"{folder}: {count} files match checklist.chk"))
+    print(one_line(f"{folder}: {verify(folder)}"))
 
 
 @with_flags()

@@ -22,7 +22,7 @@ def witness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Witness]:
     witness.close()
 
 
-@pytest.mark.parametrize("name", ["plain", "two", "int8", "int4"])
+@pytest.mark.parametrize("name", ["plain", "two", "int8", "int4", "huggingface"])
 def test_sound_files_run(witness: Witness, name: str) -> None:
     """All that is done with a damaged checkpoint is done with one that is not."""
     _, answer = witness.ask(name)

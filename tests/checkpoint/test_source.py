@@ -49,7 +49,7 @@ class InMemory:
         self.folder, self.files, self.ignored = Path("memory"), [Path("memory")], ()
         self.args = ModelArgs(**SMALL)
         self.names, self.tensors = tensors.keys(), tensors
-        self.vocab_size = SMALL["vocab_size"]
+        self.vocab_size, self.shards, self.aliases = SMALL["vocab_size"], 1, {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
