@@ -32,6 +32,7 @@ CHANGES = (
     "attention_multiplier", "logits_scaling", "scale_emb", "clip_qkv", "use_qk_norm", "qk_layernorm", "alibi",
     "no_rope_layers", "is_encoder_decoder", "cross_attention_layers",
 )  # fmt: skip
+SUGGESTED = ("temperature", "top_p", "top_k", "repetition_penalty")
 _TURNS = ("low_freq_factor", "high_freq_factor")
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor",
              "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor",
@@ -48,7 +49,7 @@ class Config:
     end_ids: tuple[int, ...]
     trained_length: int  # the positions that the model was made for
     window: int | None  # attention looks back no further than so many tokens; None: to the beginning
-    suggested: Mapping[str, Any]  # of temperature, top_p, top_k and the like: for people to see
+    suggested: Mapping[str, str]  # of temperature, top_p, top_k and the like: for people to see
 
 
 def read_config(folder: Path) -> Config:
@@ -56,7 +57,7 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     given = read_object(path, GET)
     kind = given.get("model_type")
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         known = ", ".join(DEFAULTS)
         raise CheckpointError(f"{path} is of model_type {shown(kind)}; what can be run here is {known}")
     given = {**DEFAULTS[kind], **given}
@@ -78,7 +79,7 @@ def read_config(folder: Path) -> Config:
     return Config(
         args, CLASSES[kind], bool(given.get("tie_word_embeddings")), _end_ids((given, generation), path),
         _whole(given, "max_position_embeddings", path), _window(given, kind, path),
-        {key: generation[key] for key in ("temperature", "top_p", "top_k", "repetition_penalty") if key in generation},
+        {key: shown(generation[key]) for key in SUGGESTED if key in generation},
     )  # fmt: skip
 
 
