@@ -5,10 +5,10 @@ Source: Meta's reference (facebookresearch/llama) and section 3.3 of https://arx
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import ClassVar, Literal, Protocol, TypedDict
 
 from llama.errors import PromptError
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import BaseTokenizer
 
 Role = Literal["system", "user", "assistant"]
 
@@ -35,8 +35,59 @@ class ChatPrompt:
     tokens: list[int]
 
 
-def check_dialog(dialog: Dialog, name: str) -> None:
-    """Raise PromptError, which calls the dialog `name`, unless it has Llama-2's shape."""
+class ChatFormat(Protocol):
+    """How a model wants dialogs to be written."""
+
+    @property
+    def identity(self) -> str:
+        """What tells it from others: equal where all prompts are."""
+
+    def check(self, dialog: Dialog, name: str) -> None:
+        """Raise PromptError, which calls the dialog `name`, where the format cannot write it."""
+
+    def refuses(self, dialog: Dialog) -> bool:
+        """Whether a message could pass for the format itself, so that the dialog is answered by `REFUSAL`."""
+
+    def prompt(self, dialog: Dialog) -> ChatPrompt:
+        """The exact prompt of a dialog that `check` accepts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Llama2Chat:
+    """Llama-2's format, with its tokenizer."""
+
+    tokenizer: BaseTokenizer
+    identity: ClassVar[str] = "llama2"
+
+    def check(self, dialog: Dialog, name: str) -> None:
+        check_dialog(dialog, name)
+
+    def refuses(self, dialog: Dialog) -> bool:
+        return has_special_tags(dialog)
+
+    def prompt(self, dialog: Dialog) -> ChatPrompt:
+        return format_dialog(dialog, self.tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class NoChat:
+    """What a checkpoint has that says nothing of dialogs; `why` ends with what to do."""
+
+    why: str
+    identity: ClassVar[str] = "none"
+
+    def check(self, dialog: Dialog, name: str) -> None:
+        raise PromptError(f"{name} cannot be written as a prompt: {self.why}")
+
+    def refuses(self, dialog: Dialog) -> bool:
+        return False
+
+    def prompt(self, dialog: Dialog) -> ChatPrompt:
+        raise PromptError(self.why)
+
+
+def check_messages(dialog: Dialog, name: str) -> None:
+    """Raise PromptError, which calls the dialog `name`, unless it is a list of messages with texts."""
     if not isinstance(dialog, Sequence) or isinstance(dialog, str):
         raise PromptError(f"{name} is {type(dialog).__name__}, not a list of messages: {_ORDER}")
     if not dialog:
@@ -47,6 +98,11 @@ def check_dialog(dialog: Dialog, name: str) -> None:
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
             raise PromptError(f"{name}, message {place}: content is {kind}, not text")
+
+
+def check_dialog(dialog: Dialog, name: str) -> None:
+    """Raise PromptError, which calls the dialog `name`, unless it has Llama-2's shape."""
+    check_messages(dialog, name)
     roles = [message["role"] for message in dialog]
     begin = 1 if roles[0] == "system" else 0
     if len(roles) == begin:
@@ -64,7 +120,7 @@ def has_special_tags(dialog: Dialog) -> bool:
     return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
 
 
-def format_dialog(dialog: Dialog, tokenizer: Tokenizer) -> ChatPrompt:
+def format_dialog(dialog: Dialog, tokenizer: BaseTokenizer) -> ChatPrompt:
     """The exact prompt of a dialog that `check_dialog` accepts.
 
     Each finished exchange is its own text between begin and end tokens; the last user message stays open:

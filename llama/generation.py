@@ -13,7 +13,7 @@ import torch
 from typing_extensions import Unpack
 
 from llama import log, parallel
-from llama.chat import REFUSAL, ChatPrompt, Dialog, check_dialog, format_dialog, has_special_tags
+from llama.chat import REFUSAL, ChatFormat, ChatPrompt, Dialog, Llama2Chat
 from llama.checkpoint import memory
 from llama.checkpoint.find import find_checkpoint
 from llama.engine.drafts import Speculation
@@ -39,7 +39,7 @@ from llama.request import (
     plain,
     plain_each,
 )
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import BaseTokenizer
 from llama.turns import Call, Stream, Turns
 
 P = TypeVar("P")
@@ -67,6 +67,7 @@ class Llama:
         threads: int | None = None,
         compile: bool = False,
         verify: bool = False,
+        chat_template: str | None = None,
         max_step_tokens: int | None = None,
         speculate: str | None = None,
         draft_tokens: int = 7,
@@ -79,15 +80,17 @@ class Llama:
         `seed` None takes fresh entropy; of several processes the first's counts. `quantize` "int8" or "int4" holds the
         matrices in so many bits, `kv_dtype` "fp8" the KV cache in 8. `threads` is how many this process uses on a CPU
         (None: `device.default_threads`). `compile` runs the layers through torch.compile, which takes its time at the
-        first steps. `verify` compares the files with their checklist.chk first. `speculate` "lookup" drafts up to
-        `draft_tokens` tokens at a time from what a text has said before, and verifies them in one step: results stay
-        the same. Raises a subclass of LlamaError: PeerError where another process has failed.
+        first steps. `verify` compares the files with the sums that came with them first. `chat_template` is a file with
+        a template in Jinja, "llama2" or "none" (None: the checkpoint's own, or Llama-2's format). `speculate` "lookup"
+        drafts up to `draft_tokens` tokens at a time from what a text has said before, and verifies them in one step:
+        results stay the same. Raises a subclass of LlamaError: PeerError where another process has failed.
         """
         started = time.perf_counter()
         options = RunOptions(
             max_seq_len=max_seq_len, max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, seed=seed,
             device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, threads=threads, compile=compile,
-            verify=verify, max_step_tokens=max_step_tokens, speculate=speculate, draft_tokens=draft_tokens,
+            verify=verify, chat_template=chat_template, max_step_tokens=max_step_tokens, speculate=speculate,
+            draft_tokens=draft_tokens,
         )  # fmt: skip
         folder, tokenizer_path = find_checkpoint(ckpt_dir, tokenizer_path)
         loaded = load(Path(folder), tokenizer_path, options)
@@ -97,6 +100,7 @@ class Llama:
         llama = Llama(model, loaded.tokenizer, seed=options.seed, max_step_tokens=step_tokens, speculation=drafting)
         llama.ckpt_dir, llama.files = Path(folder), loaded.files
         llama.end_ids |= set(loaded.end_ids)
+        llama.chat = loaded.chat
         seconds = time.perf_counter() - started
         log.say(f"{folder}, {chosen(model, options)}, seed={llama.seed}, loaded in {seconds:.2f} s")
         return llama
@@ -104,7 +108,7 @@ class Llama:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer,
+        tokenizer: BaseTokenizer,
         *,
         seed: int | None = 1,
         max_step_tokens: int = memory.STEP_TOKENS,
@@ -115,7 +119,8 @@ class Llama:
         self.tokenizer = tokenizer
         self.ckpt_dir: Path | None = None  # where `build` loaded it from
         self.files: tuple[Path, ...] = ()  # and which files those are
-        self.end_ids = {tokenizer.eos_id}  # the tokens that end a text
+        self.end_ids = {tokenizer.eos_id} - {-1}  # the tokens that end a text
+        self.chat: ChatFormat = Llama2Chat(tokenizer)
         self.seed: int = parallel.broadcast(secrets.randbits(63) if seed is None else seed, model.device)
         sizes = model.params
         self.engine = Engine(model, sizes.max_batch_size, sizes.max_seq_len, max_step_tokens, speculation)
@@ -240,8 +245,8 @@ class Llama:
 
     def format_dialog(self, dialog: Dialog) -> ChatPrompt:
         """The exact prompt that `chat_completion` would run for a dialog."""
-        check_dialog(dialog, "the dialog")
-        return format_dialog(dialog, self.tokenizer)
+        self.chat.check(dialog, "the dialog")
+        return self.chat.prompt(dialog)
 
     def _each(self, jobs: list[Job], result: Callable[[Job], T], on_text: OnText | None = None) -> Stream[Ended[T]]:
         """Run jobs; yields (index, result or error) as each ends, and first those of which nothing is run."""
@@ -344,10 +349,10 @@ class Llama:
 
     def _dialog(self, allow_special_tags: bool, dialog: Dialog, name: str) -> list[int] | None:
         """The tokens of a dialog's prompt; None for one to refuse."""
-        check_dialog(dialog, name)
-        if has_special_tags(dialog) and not allow_special_tags:
+        self.chat.check(dialog, name)
+        if self.chat.refuses(dialog) and not allow_special_tags:
             return None
-        return format_dialog(dialog, self.tokenizer).tokens
+        return self.chat.prompt(dialog).tokens
 
     def _text_or_dialog(self, allow_special_tags: bool, prompt: str | Dialog) -> tuple[list[int] | None, str]:
         if isinstance(prompt, str):

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from llama import log, parallel
+from llama.chat import ChatFormat
 from llama.checkpoint import loader
 from llama.checkpoint.source import Source, open_source
 from llama.checkpoint.verify import verify
@@ -17,7 +18,9 @@ from llama.kernels.dispatch import why_not
 from llama.model.kv_cache import check_kv_dtype
 from llama.model.transformer import Transformer
 from llama.options import RunOptions
-from llama.tokenizer import Tokenizer
+from llama.text.chat_files import chat_format
+from llama.text.tokenizer_files import open_tokenizer
+from llama.tokenizer import BaseTokenizer
 
 LLAMA_2_VOCABULARY = 32000
 
@@ -27,9 +30,10 @@ class Loaded:
     """A model and what belongs to it."""
 
     model: Transformer
-    tokenizer: Tokenizer
+    tokenizer: BaseTokenizer
     files: tuple[Path, ...]  # of the checkpoint
     end_ids: tuple[int, ...]  # the tokens that end a text, beside the tokenizer's own
+    chat: ChatFormat
 
 
 def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
@@ -51,7 +55,7 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
         )
     if options.verify and parallel.local_rank() == 0:  # once a machine; where it fails, torchrun ends the others
         verify(folder)
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     args = replace(
         source.args, vocab_size=_check_vocabulary(source, tokenizer),
         max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size,
@@ -70,7 +74,8 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
             f"max_seq_len={options.max_seq_len} is more than the {source.trained_length} positions that this model was"
             " made for: text beyond them may be bad"
         )
-    return Loaded(model, tokenizer, (*source.described_by, *source.files), source.end_ids)
+    return Loaded(model, tokenizer, (*source.described_by, *source.files), source.end_ids,
+                  chat_format(folder, options.chat_template, tokenizer))  # fmt: skip
 
 
 def speculation(model: Transformer, options: RunOptions, max_step_tokens: int) -> Speculation | None:
@@ -94,7 +99,7 @@ def chosen(model: Transformer, options: RunOptions) -> str:
     )
 
 
-def _check_vocabulary(source: Source, tokenizer: Tokenizer) -> int:
+def _check_vocabulary(source: Source, tokenizer: BaseTokenizer) -> int:
     """The vocabulary size, on which params.json (−1: not said), the weights and the tokenizer must agree.
 
     Where tables are padded, the tokenizer may have fewer tokens.

@@ -58,6 +58,10 @@ class RunOptions:
     verify: bool = field(
         default=False, metadata={"help": "compare the files with the checkpoint's checklist.chk first."}
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "how dialogs are written: a file with a template, llama2 or none; as the checkpoint says."},
+    )
     max_step_tokens: int | None = field(
         default=None, metadata={"help": "the most tokens of one step; long prompts are read in such chunks."}
     )

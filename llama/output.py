@@ -6,7 +6,7 @@ from queue import SimpleQueue
 from llama.engine.engine import Engine
 from llama.predictions import Result, Score, TopLogprob
 from llama.request import Request
-from llama.tokenizer import StreamDecoder, Tokenizer
+from llama.tokenizer import BaseTokenizer, StreamDecoder
 
 
 class Output:
@@ -15,7 +15,7 @@ class Output:
     One thread steps the engine and so adds to it, another may read it: what is whole is put into the reader's queue.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, request: Request, index: int, echo: bool) -> None:
+    def __init__(self, engine: Engine, tokenizer: BaseTokenizer, request: Request, index: int, echo: bool) -> None:
         self.request = request
         self.index = index  # of the prompt in its call; n samples of a prompt share it
         self.text = ""
@@ -126,5 +126,5 @@ class Output:
 News = tuple[Output, bool]  # one that has changed, and whether it has ended
 
 
-def _named(top: dict[int, float], tokenizer: Tokenizer) -> list[TopLogprob]:
+def _named(top: dict[int, float], tokenizer: BaseTokenizer) -> list[TopLogprob]:
     return [{"token": token, "piece": tokenizer.piece(token), "logprob": logprob} for token, logprob in top.items()]

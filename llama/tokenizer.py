@@ -1,8 +1,8 @@
-"""Text ↔ tokens with SentencePiece, and tokens → text while they are being made."""
+"""Text ↔ tokens, with SentencePiece here; and tokens → text while they are being made."""
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,52 +18,59 @@ _MOST_BYTES = 1 << 26  # of the file; Llama-2's has half a million
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
-class Tokenizer:
-    """A `tokenizer.model` of SentencePiece, as Meta ships it with the weights."""
+class BaseTokenizer:
+    """What every kind of tokenizer offers; `surface` of a token is what its kind decides.
 
-    def __init__(self, model_path: str) -> None:
-        """Raises TokenizerError that says what the file is, where it is not a SentencePiece model."""
-        from sentencepiece import SentencePieceProcessor  # here: who only names the type needs no native library
+    Tokens that the weights have beyond the tokenizer's (padded tables) have no text.
+    """
 
-        path = Path(expanded(model_path, "tokenizer_path"))
-        data = _read(path)
-        try:
-            self.sp_model = SentencePieceProcessor(model_proto=data)
-        except (RuntimeError, UnicodeDecodeError):  # the latter: its own message quotes what is damaged
-            raise TokenizerError(
-                f"tokenizer {path} ({len(data)} bytes) is not a SentencePiece model: get Llama-2's tokenizer.model"
-            ) from None
-        self.model_path = path
-        self.n_words: int = self.sp_model.vocab_size()
-        self.bos_id: int = self.sp_model.bos_id()
-        self.eos_id: int = self.sp_model.eos_id()
-        self.pad_id: int = self.sp_model.pad_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise TokenizerError(f"tokenizer {path} has no begin or end token: get Llama-2's tokenizer.model")
-        if fault := _damage(self.sp_model):
-            raise TokenizerError(f"tokenizer {path} is damaged, {fault}: download it again")
-        space = self.sp_model.piece_to_id(SPACE)
-        # Decoding drops a first space where encoding adds one ("dummy prefix"), and all first spaces where encoding
-        # removes them: ask the model, do not assume it.
-        left = self.sp_model.decode([space, space])
-        self.strips_first_space, self.strips_first_spaces = left != "  ", left == ""
-        self._surfaces: dict[int, str | int] = {}
+    model_path: Path
+    n_words: int  # tokens, which are 0 … n_words − 1
+    bos_id: int  # −1: there is none
+    eos_id: int
+    pad_id: int
+    specials: Mapping[str, int]  # how a template writes the tokens that no text can mean
+    strips_first_space = strips_first_spaces = False  # of a whole text: one, or all
+    replaces_each_byte = True  # that is not UTF-8 by U+FFFD; else one for each sequence that is cut short
+    adds_bos = True  # before a plain text
+
+    def __init__(self) -> None:
+        self._surfaces: dict[int, str | int | bytes] = {}
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The tokens of a text, with the begin and end tokens where asked. Raises PromptError on half a surrogate."""
+        """The tokens of a text, with the begin and end tokens where asked and there. Raises PromptError on half a
+        surrogate. Text is text: what looks like a special token becomes ordinary tokens."""
         if not isinstance(s, str):
             raise PromptError(f"only text can be encoded, but this is {type(s).__name__}: {s!r:.60}")
         try:
             s.encode()
         except UnicodeEncodeError:
             raise PromptError("the text holds half a surrogate pair, which has no UTF-8 form: remove it") from None
-        tokens: list[int] = self.sp_model.encode(s)
-        return [self.bos_id] * bos + tokens + [self.eos_id] * eos
+        begin, end = [self.bos_id] * (bos and self.adds_bos), [self.eos_id] * (eos and self.eos_id >= 0)
+        return begin + self._encode(s) + end
+
+    def encode_template(self, text: str, mark: str = "") -> list[int]:
+        """The tokens of what a template wrote: special tokens that it spells are those tokens.
+
+        One that is not meant has a `mark` within it, which belongs to no text.
+        """
+        tokens: list[int] = []
+        for number, part in enumerate(filter(None, re.split(f"({_either(self.specials)})", text))):
+            token = self.specials.get(part)
+            plain = part.replace(mark, "") if mark else part
+            tokens += self._encode_part(plain, number == 0) if token is None else [token]
+        return tokens
+
+    def _encode_part(self, text: str, first: bool) -> list[int]:
+        """The tokens of a part of a longer text, which stands at its beginning or behind a special token."""
+        raise NotImplementedError
+
+    def _encode(self, text: str) -> list[int]:
+        raise NotImplementedError
 
     def decode(self, t: Sequence[int]) -> str:
         """The text of tokens; control tokens (begin, end) have none."""
-        text: str = self.sp_model.decode(list(t))
-        return text
+        return "".join(self.pieces(t))
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """One string a token, whose concatenation is exactly `decode(tokens)`.
@@ -80,34 +87,118 @@ class Tokenizer:
     def token_bytes(self, tokens: Sequence[int]) -> list[bytes]:
         """The bytes that each token adds to the text that `decode` makes of all; of a byte token its one byte.
 
-        Joined they are that text in UTF-8, but that the text has U+FFFD for each byte that is not UTF-8.
+        Joined they are that text in UTF-8, but that the text has U+FFFD for what is not UTF-8.
         """
         decoder = StreamDecoder(self)
-        added = map(decoder.added, tokens)
-        return [bytes([one]) if isinstance(one, int) else one.encode() for one in added]
+        return [added if isinstance(added, bytes) else added.encode() for added in map(decoder.added, tokens)]
 
     def piece(self, token: int) -> str:
         """How one token reads by itself: its text, spaces kept; control tokens and bytes by their names (<0x0A>)."""
         surface = self.surface(token)
+        if isinstance(surface, bytes) and surface:
+            text = surface.decode(errors="replace")
+            return text if text.strip(REPLACEMENT) else "".join(f"<0x{byte:02X}>" for byte in surface)
         if isinstance(surface, str) and surface:
             return surface.replace(SPACE, " ")
-        return self.sp_model.id_to_piece(token)
+        return self._name(token) if token < self.n_words else f"<{token}>"
 
-    def surface(self, token: int) -> str | int:
-        """What one token adds to a text: a string (spaces as SPACE), or the value of a byte token."""
+    def surface(self, token: int) -> str | int | bytes:
+        """What one token adds to a text: a string (spaces as SPACE), the value of a byte token, or several bytes."""
         known = self._surfaces.get(token)
         if known is None:
-            known = self._surfaces[token] = self._surface(token)
+            known = self._surfaces[token] = self._surface(token) if token < self.n_words else ""
         return known
 
-    def _surface(self, token: int) -> str | int:
+    def _surface(self, token: int) -> str | int | bytes:
+        raise NotImplementedError
+
+    def _name(self, token: int) -> str:
+        raise NotImplementedError
+
+
+class Tokenizer(BaseTokenizer):
+    """A `tokenizer.model` of SentencePiece, as Meta ships it with the weights.
+
+    `added`: tokens that a folder adds to it, token → (text, whether it is a control token).
+    """
+
+    def __init__(self, model_path: str, added: Mapping[int, tuple[str, bool]] | None = None) -> None:
+        """Raises TokenizerError that says what the file is, where it is not a SentencePiece model."""
+        super().__init__()
+        path = Path(expanded(model_path, "tokenizer_path"))
+        self._use(path, file_bytes(path), added or {})
+
+    @classmethod
+    def of_proto(cls, path: Path, data: bytes, added: Mapping[int, tuple[str, bool]] | None = None) -> "Tokenizer":
+        """The tokenizer of a model that was found in another file."""
+        tokenizer = cls.__new__(cls)
+        BaseTokenizer.__init__(tokenizer)
+        tokenizer._use(path, data, added or {})
+        return tokenizer
+
+    def _use(self, path: Path, data: bytes, added: Mapping[int, tuple[str, bool]]) -> None:
+        from sentencepiece import SentencePieceProcessor  # here: who only names the type needs no native library
+
+        try:
+            self.sp_model = SentencePieceProcessor(model_proto=data)
+        except (RuntimeError, UnicodeDecodeError):  # the latter: its own message quotes what is damaged
+            raise TokenizerError(
+                f"tokenizer {path} ({len(data)} bytes) is not a SentencePiece model: get Llama-2's tokenizer.model"
+            ) from None
+        self.model_path = path
+        self._own: int = self.sp_model.vocab_size()
+        self._added = {token: text for token, text in added.items() if token >= self._own}
+        self.n_words = max((self._own - 1, *self._added)) + 1
+        self.bos_id = self.sp_model.bos_id()
+        self.eos_id = self.sp_model.eos_id()
+        self.pad_id = self.sp_model.pad_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise TokenizerError(f"tokenizer {path} has no begin or end token: get Llama-2's tokenizer.model")
+        if fault := _damage(self.sp_model):
+            raise TokenizerError(f"tokenizer {path} is damaged, {fault}: download it again")
+        controls = (token for token in range(self._own) if self.sp_model.is_control(token))
+        self.specials = {self.sp_model.id_to_piece(token): token for token in controls}
+        self.specials |= {text: token for token, (text, control) in self._added.items() if control}
+        space = self.sp_model.piece_to_id(SPACE)
+        # Decoding drops a first space where encoding adds one ("dummy prefix"), and all first spaces where encoding
+        # removes them: ask the model, do not assume it.
+        left = self.sp_model.decode([space, space])
+        self.strips_first_space, self.strips_first_spaces = left != "  ", left == ""
+
+    def _encode(self, text: str) -> list[int]:
+        tokens: list[int] = self.sp_model.encode(text)
+        return tokens
+
+    def decode(self, t: Sequence[int]) -> str:
+        tokens = list(t)
+        if max(tokens, default=0) >= self._own:
+            return super().decode(tokens)
+        text: str = self.sp_model.decode(tokens)
+        return text
+
+    def _encode_part(self, text: str, first: bool) -> list[int]:
+        return self._encode(text)  # as Meta's format has it: a space before each part
+
+    def _name(self, token: int) -> str:
+        return self.sp_model.id_to_piece(token) if token < self._own else self._added[token][0]
+
+    def _surface(self, token: int) -> str | int | bytes:
+        if token >= self._own:
+            added, control = self._added.get(token, ("", True))
+            return "" if control else added
         model = self.sp_model
         if model.is_control(token):
             return ""
         if model.is_unknown(token):
-            return self.decode([token])
+            text: str = model.decode([token])
+            return text
         piece: str = model.id_to_piece(token)
         return int(piece[3:-1], 16) if model.is_byte(token) else piece
+
+
+def _either(names: Iterable[str]) -> str:
+    """A pattern for any of these texts, the longest where several begin at one place."""
+    return "|".join(map(re.escape, sorted(filter(None, names), key=len, reverse=True))) or "(?!)"
 
 
 def _damage(model: "SentencePieceProcessor") -> str | None:
@@ -132,7 +223,7 @@ def _damage(model: "SentencePieceProcessor") -> str | None:
     return None
 
 
-def _read(path: Path) -> bytes:
+def file_bytes(path: Path) -> bytes:
     """The file's bytes. Raises TokenizerError for the files that people pass by mistake."""
     if path.is_dir():
         raise TokenizerError(f"tokenizer {path} is a folder: tokenizer_path is the tokenizer.model file itself")
@@ -165,7 +256,7 @@ class StreamDecoder:
     tokens that were fed is plain text; it counts where a later token completes it, wherever it began.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(self, tokenizer: BaseTokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
@@ -187,15 +278,17 @@ class StreamDecoder:
     def decode(self, token: int) -> str:
         """What the token adds to the text, stop strings aside: for tokens of the prompt."""
         added = self.added(token)
-        if isinstance(added, int):
-            self._bytes += bytes([added])
+        if isinstance(added, bytes):
+            self._bytes += added
             return self._characters(end=False)
         return self._characters(end=True) + added  # a control token ends a run of bytes too
 
-    def added(self, token: int) -> str | int:
-        """What the token adds where it stands: a string, or the value of a byte token. Call it once a token."""
+    def added(self, token: int) -> str | bytes:
+        """What the token adds where it stands: a string, or bytes. Call it once a token."""
         surface = self._tokenizer.surface(token)
         if isinstance(surface, int):
+            surface = bytes([surface])
+        if isinstance(surface, bytes):
             self._at_start = False
             return surface
         if self._at_start and surface:
@@ -215,7 +308,7 @@ class StreamDecoder:
                 if "unexpected end" in error.reason and not end:
                     break
                 text += REPLACEMENT
-                self._bytes = self._bytes[1:]
+                self._bytes = self._bytes[1 if self._tokenizer.replaces_each_byte else error.end :]
         return text
 
     def _until_stop(self, text: str, end: bool = False) -> str:

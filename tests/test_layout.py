@@ -20,6 +20,7 @@ FLOORS = (
     ("model",),
     ("kernels", "options"),
     ("device", "quantization"),
+    ("text",),
     ("parallel", "chat", "progress"),
     ("tokenizer", "request", "interrupts"),
     ("paths", "script"),
@@ -34,6 +35,7 @@ WITHOUT_TORCH = {
     "engine.drafts", "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
     "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
     "errors", "wording", "log", "script", "gate", "checkpoint.find",
+    "text", "text.json_tokenizer", "text.tokenizer_files", "text.template", "text.chat_files",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from llama.chat import Dialog
 from llama.errors import LlamaError, ParameterError, PromptError
 from llama.gate import json_line
 from llama.request import SamplingParams, derive_seed
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import BaseTokenizer
 from llama.wording import nearest
 
 Format = Literal["text", "jsonl"]
@@ -173,7 +173,7 @@ def _custom_id(data: bytes) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def result_line(line: Line, result: Any, tokenizer: Tokenizer) -> bytes:
+def result_line(line: Line, result: Any, tokenizer: BaseTokenizer) -> bytes:
     """The line of the output for a prediction, or for the LlamaError that came instead: always the same bytes."""
     if isinstance(result, LlamaError):
         return error_line(replace(line, error=str(result)))

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from llama.errors import ParameterError, PromptError
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import BaseTokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _SAME = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "n")
@@ -146,7 +146,7 @@ def in_their_words(theirs: dict[str, str]) -> Iterator[None]:
         raise ParameterError(said) from None
 
 
-def response(number: int, call: Call, result: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def response(number: int, call: Call, result: dict[str, Any], tokenizer: BaseTokenizer) -> dict[str, Any]:
     """The line of OpenAI's output file for a prediction; `seed`, which is ours, gives the same result again."""
     chat = call.url == CHAT
     samples = result.get("samples", [result])
@@ -185,7 +185,7 @@ def is_failure(record: dict[str, Any]) -> bool:
     return isinstance(answer, dict) and answer.get("status_code") != 200
 
 
-def _choice(index: int, sample: dict[str, Any], chat: bool, tokenizer: Tokenizer) -> dict[str, Any]:
+def _choice(index: int, sample: dict[str, Any], chat: bool, tokenizer: BaseTokenizer) -> dict[str, Any]:
     reason = "content_filter" if sample["finish_reason"] == "refused" else sample["finish_reason"]
     if chat:
         said: dict[str, Any] = {"message": {**sample["generation"], "refusal": None}}
@@ -201,7 +201,7 @@ def _choice(index: int, sample: dict[str, Any], chat: bool, tokenizer: Tokenizer
 # the most probable ones finds it. Where a text drops its first space or ends at a stop string, offsets and bytes say.
 
 
-def _completion_logprobs(sample: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def _completion_logprobs(sample: dict[str, Any], tokenizer: BaseTokenizer) -> dict[str, Any]:
     tokens = list(map(tokenizer.piece, sample["token_ids"]))
     tops = sample.get("top_logprobs") or [[] for _ in tokens]
     lengths = map(len, sample["tokens"])
@@ -217,7 +217,7 @@ def _completion_logprobs(sample: dict[str, Any], tokenizer: Tokenizer) -> dict[s
     }
 
 
-def _chat_logprobs(sample: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def _chat_logprobs(sample: dict[str, Any], tokenizer: BaseTokenizer) -> dict[str, Any]:
     ids, tops = sample["token_ids"], sample.get("top_logprobs") or [[] for _ in sample["token_ids"]]
     added = _within(tokenizer.token_bytes(ids), "".join(sample["tokens"]))
     content = [

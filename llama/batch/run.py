@@ -22,6 +22,7 @@ from llama.batch.input import drop_input_copy, measure, settle_input
 from llama.batch.lines import Format, Line, error_line, numbered_lines, read_line, repeated_id, result_line
 from llama.batch.replicas import Replicas
 from llama.batch.results import LineSet, ResultFile, check_parts, has_parts, join_parts, part, sort_by_line
+from llama.chat import Llama2Chat
 from llama.checkpoint.checklist import fingerprint
 from llama.errors import LlamaError, ParameterError, PeerError
 from llama.progress import Progress
@@ -162,6 +163,8 @@ def _identity(llama: "Llama", params: SamplingParams) -> dict[str, Any]:
     }
     if engine.speculation:  # results are the same without
         settings |= {"speculate": engine.speculation.name, "draft_tokens": engine.speculation.most}
+    if llama.chat.identity != Llama2Chat.identity:  # which old runs do not name
+        settings["chat"] = llama.chat.identity
     identity = {"model": _model(llama), "parameters": asdict(params), "settings": settings}
     as_read_back: dict[str, Any] = json.loads(json.dumps(identity))
     return as_read_back

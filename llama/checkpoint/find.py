@@ -6,6 +6,7 @@ from pathlib import Path
 from llama import log
 from llama.errors import LlamaError
 from llama.paths import FilePath, expanded
+from llama.text.tokenizer_files import tokenizer_in
 
 DEMO = Path(__file__).parent.parent / "demo"  # the bundled checkpoint
 
@@ -33,8 +34,8 @@ def _from_environment(name: str) -> FilePath | None:
 
 
 def _find_tokenizer(folder: Path) -> Path:
-    inside, beside = folder / "tokenizer.model", Path(os.path.abspath(folder)).parent / "tokenizer.model"
-    if inside.is_file():
+    beside = Path(os.path.abspath(folder)).parent / "tokenizer.model"
+    if inside := tokenizer_in(folder):
         return inside
     if named := _from_environment("LLAMA_TOKENIZER_PATH"):
         return Path(named)

@@ -134,7 +134,8 @@ def test_bytes_are_the_bytes_of_the_text(llama: Llama, data: st.DataObject) -> N
 def as_generated(llama: Llama, tokens: list[int], params: SamplingParams) -> dict[str, Any]:
     """The answer to a dialog that was answered with these tokens."""
     request = Request([1], params, seed=1, stop_tokens=frozenset())
-    engine: Any = SimpleNamespace(finish=lambda request, reason: setattr(request, "finish_reason", reason))
+    finish = lambda request, reason: setattr(request, "finish_reason", reason)  # noqa: E731  # one line
+    engine: Any = SimpleNamespace(finish=finish, speculation=None)
     output = Output(engine, llama.tokenizer, request, 0, False)
     for count, token in enumerate(tokens, 1):
         request.tokens.append(token)

@@ -7,12 +7,12 @@ from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
 from llama.batch.lines import check_names
+from llama.chat import ChatFormat
 from llama.cli.chat.conversation import Ask, Conversation, check_text, excerpt, load, save
 from llama.errors import PromptError
 from llama.gate import one_line
 from llama.paths import check_writable, expanded
 from llama.request import Counts, SamplingParams
-from llama.tokenizer import Tokenizer
 from llama.wording import nearest
 
 KEYS = r"""
@@ -42,7 +42,7 @@ class Talk:
     """All that commands show and change. `check` raises ParameterError for parameters that the build cannot run."""
 
     params: SamplingParams
-    tokenizer: Tokenizer
+    chat: ChatFormat
     max_seq_len: int
     check: Callable[[SamplingParams], None]
     ask: Ask
@@ -92,7 +92,7 @@ def _system(talk: Talk, text: str) -> Reply:
     if text.lower() == "none":
         conversation.system = None
         return Reply("The system prompt is removed.")
-    check_text(text, "the system prompt")
+    check_text(text, "the system prompt", talk.chat)
     conversation.system = text
     return Reply("The system prompt is set.")
 
@@ -133,7 +133,7 @@ def _save(talk: Talk, file: str) -> Reply:
 
 def _load(talk: Talk, file: str) -> Reply:
     path = expanded(file, "FILE")
-    talk.conversation = load(path)
+    talk.conversation = load(path, talk.chat)
     shown = "".join(f"> {user}\n{answer}\n" for user, answer in talk.conversation.exchanges)
     system = f"System prompt: {talk.conversation.system}\n" if talk.conversation.system else ""
     return Reply(f"{system}{shown}Loaded {_exchanges(talk.conversation)} from {one_line(path)}")
@@ -175,7 +175,7 @@ def _shown(params: SamplingParams, name: str) -> str:
 
 
 def _stats(talk: Talk, _: str) -> Reply:
-    begins = talk.conversation.prompt_tokens("", talk.tokenizer)
+    begins = talk.conversation.prompt_tokens("", talk.chat)
     context = f"context used       {begins} of {talk.max_seq_len} tokens, before the next message"
     if not talk.turns:
         return Reply(f"Nothing was answered yet.\n{context}")

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llama.batch.lines import read_dialogs
-from llama.chat import SPECIAL_TAGS, Message, check_dialog, format_dialog, has_special_tags
+from llama.chat import SPECIAL_TAGS, ChatFormat, Message, check_dialog
 from llama.errors import PromptError
-from llama.tokenizer import Tokenizer
 
 Ask = Callable[[str], bool]  # puts a question to the user; whether the answer is yes
 
@@ -32,9 +31,9 @@ class Conversation:
         """The dialog that asks for an answer to `text`."""
         return [*self.messages(), {"role": "user", "content": text}]
 
-    def prompt_tokens(self, text: str, tokenizer: Tokenizer) -> int:
+    def prompt_tokens(self, text: str, chat: ChatFormat) -> int:
         """How many tokens the model reads to answer `text`."""
-        return len(format_dialog(self.dialog(text), tokenizer).tokens)
+        return len(chat.prompt(self.dialog(text)).tokens)
 
 
 def excerpt(text: str) -> str:
@@ -43,29 +42,29 @@ def excerpt(text: str) -> str:
     return line if len(line) <= 60 else line[:59] + "…"
 
 
-def check_text(text: str, name: str) -> None:
+def check_text(text: str, name: str, chat: ChatFormat) -> None:
     """Raise PromptError, which calls the text `name`, where it has no UTF-8 form or no dialog may hold it."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise PromptError(f"{name} holds bytes that are not UTF-8 text: remove them") from None
-    if has_special_tags([{"role": "user", "content": text}]):
+    if chat.refuses([{"role": "user", "content": text}]):
         raise PromptError(f"{name} holds a special tag ({', '.join(SPECIAL_TAGS)}), which no dialog may: remove it")
 
 
-def make_room(conversation: Conversation, text: str, tokenizer: Tokenizer, max_seq_len: int, ask: Ask) -> bool:
+def make_room(conversation: Conversation, text: str, chat: ChatFormat, max_seq_len: int, ask: Ask) -> bool:
     """Whether an answer to `text` fits into the context, after the user gave up as many old exchanges as it takes.
 
     Raises PromptError, before anything is asked, where even the message alone leaves no room.
     """
-    alone = Conversation(conversation.system).prompt_tokens(text, tokenizer)
+    alone = Conversation(conversation.system).prompt_tokens(text, chat)
     if alone >= max_seq_len:
         what = "the message and the system prompt have" if conversation.system else "the message has"
         raise PromptError(
             f"{what} {alone} tokens, which leaves no room for an answer within max_seq_len={max_seq_len}: shorten it,"
             " or build with a larger max_seq_len"
         )
-    while (used := conversation.prompt_tokens(text, tokenizer)) >= max_seq_len:
+    while (used := conversation.prompt_tokens(text, chat)) >= max_seq_len:
         oldest = excerpt(conversation.exchanges[0][0])
         if not ask(
             f"The context is full: the dialog has {used} tokens, and max_seq_len={max_seq_len} is to hold an answer"
@@ -86,7 +85,7 @@ def save(conversation: Conversation, path: str, mode: Literal["x", "w"]) -> None
         raise PromptError(f"{path} cannot be written: {error.strerror}; name another file") from None
 
 
-def load(path: str) -> Conversation:
+def load(path: str, chat: ChatFormat) -> Conversation:
     """The conversation that a file holds, as `save` writes it. Raises PromptError for anything else."""
     dialogs = read_dialogs(os.path.abspath(path))  # "-" is a file here, not standard input
     if len(dialogs) != 1:
@@ -96,7 +95,7 @@ def load(path: str) -> Conversation:
         raise PromptError(f"{path} ends with the user: expected a dialog as /save writes it, which ends with an answer")
     check_dialog([*messages, {"role": "user", "content": ""}], path)
     for place, message in enumerate(messages):
-        check_text(message["content"], f"{path}, message {place},")
+        check_text(message["content"], f"{path}, message {place},", chat)
     contents = [message["content"] for message in messages]
     system = contents.pop(0) if messages and messages[0]["role"] == "system" else None
     return Conversation(system, list(zip(contents[::2], contents[1::2], strict=True)))

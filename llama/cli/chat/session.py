@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llama import log, parallel
-from llama.chat import Dialog, has_special_tags
+from llama.chat import Dialog
 from llama.cli.chat.commands import Talk, Turn, respond
 from llama.cli.chat.conversation import Conversation, check_text, excerpt, make_room
 from llama.cli.chat.terminal import ask, ctrl_c_typed, lines, notice, prepared, write
@@ -34,7 +34,8 @@ def talk(llama: "Llama", params: SamplingParams, *, system: str | None, show_pro
 
     Raises LlamaError where the system prompt or the parameters cannot be run at all.
     """
-    check_text(system or "", "the system prompt")
+    check_text(system or "", "the system prompt", llama.chat)
+    llama.chat.check([{"role": "user", "content": ""}], "a dialog")  # where there is no format
     _check_params(llama, params)
     group = parallel.patient_group()
     if parallel.rank() > 0:
@@ -42,7 +43,7 @@ def talk(llama: "Llama", params: SamplingParams, *, system: str | None, show_pro
         return
     state = Talk(
         params=params,
-        tokenizer=llama.tokenizer,
+        chat=llama.chat,
         max_seq_len=llama.engine.max_seq_len,
         check=lambda given: _check_params(llama, given),
         ask=ask,
@@ -60,7 +61,7 @@ def talk(llama: "Llama", params: SamplingParams, *, system: str | None, show_pro
 
 def _check_params(llama: "Llama", params: SamplingParams) -> None:
     """Raise ParameterError for parameters with which no message could be answered."""
-    llama.engine.check(Request([llama.tokenizer.bos_id], params, 0, frozenset(), name="the talk"))
+    llama.engine.check(Request([0], params, 0, frozenset(), name="the talk"))
 
 
 # ----------------------------------------------------------------------------------------------------------- one turn
@@ -98,7 +99,7 @@ def _take(session: _Session, line: str) -> bool:
 def _turn(session: _Session, text: str) -> bool:
     """Answer a message; whether there is an answer to keep."""
     llama, talk = session.llama, session.talk
-    if not make_room(talk.conversation, text, talk.tokenizer, talk.max_seq_len, talk.ask):
+    if not make_room(talk.conversation, text, talk.chat, talk.max_seq_len, talk.ask):
         notice("not sent; nothing was dropped")
         return False
     dialog = talk.conversation.dialog(text)
@@ -107,7 +108,7 @@ def _turn(session: _Session, text: str) -> bool:
         to_stderr(f"llama: prompt {prompt.text!r}, {len(prompt.tokens)} tokens: {prompt.tokens}")
     computed, drafts, answer = llama.engine.computed_tokens, replace(llama.engine.counts), _Answer()
     result = _answered(session, dialog, answer)
-    if reason := _lost(dialog, answer, result):
+    if reason := _lost(llama, dialog, answer, result):
         notice(reason)
         return False
     _show_more(result, talk.params)
@@ -191,13 +192,13 @@ def _follow(llama: "Llama", group: "ProcessGroup | None") -> None:
             _complete(llama, dialog, params, show=lambda piece: None, group=group)
 
 
-def _lost(dialog: Dialog, answer: _Answer, result: "ChatPrediction | None") -> str:
+def _lost(llama: "Llama", dialog: Dialog, answer: _Answer, result: "ChatPrediction | None") -> str:
     """Why there is no answer to keep; nothing where there is one."""
     if result is None:
         return "" if answer.text.strip() else "stopped before the answer began: your message is taken back"
     if result["finish_reason"] != "refused":
         return ""
-    hint = "" if has_special_tags(dialog[-1:]) else " An earlier message has one: /undo takes it back."
+    hint = "" if llama.chat.refuses(dialog[-1:]) else " An earlier message has one: /undo takes it back."
     return result["generation"]["content"] + hint
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llama.chat import Llama2Chat
 from llama.cli.chat.commands import COMMANDS, Reply, Talk, Turn, respond
 from llama.cli.chat.conversation import Conversation
 from llama.errors import LlamaError, ParameterError
@@ -25,7 +26,7 @@ def never(question: str) -> bool:
 def talk(tokenizer: Tokenizer) -> Talk:
     return Talk(
         params=SamplingParams(),
-        tokenizer=tokenizer,
+        chat=Llama2Chat(tokenizer),
         max_seq_len=512,
         check=lambda params: None,
         ask=never,
@@ -201,7 +202,7 @@ def test_parameters_that_the_build_cannot_run_are_refused(talk: Talk, refused: C
 
 
 def test_statistics_are_of_the_last_answer_and_of_the_talk(talk: Talk) -> None:
-    context = talk.conversation.prompt_tokens("", talk.tokenizer)
+    context = talk.conversation.prompt_tokens("", talk.chat)
     assert said(talk, "/stats").startswith("Nothing was answered yet.\n")
     talk.turns = [Turn(100, 10, 110, 0.5, 1.0), Turn(120, 30, 40, 0.25, 4.0)]
     rows = [re.split(r"  +", row) for row in said(talk, "/stats").splitlines()]
