@@ -67,6 +67,8 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
         compile_layers(model)
     if (model.weight_format or device.type == "cuda") and (reason := why_not(device)):
         log.say(reason)
+    for note in source.notes:
+        log.say(note)
     if source.ignored:
         log.say(f"ignored in params.json: {', '.join(source.ignored)}")
     if source.trained_length is not None and options.max_seq_len > source.trained_length:

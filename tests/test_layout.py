@@ -22,7 +22,7 @@ FLOORS = (
     ("device", "quantization"),
     ("text",),
     ("parallel", "chat", "progress"),
-    ("tokenizer", "request", "interrupts"),
+    ("tokenizer", "request", "interrupts", "gguf"),
     ("paths", "script"),
     ("errors", "wording", "log"),
     ("gate",),
@@ -35,7 +35,8 @@ WITHOUT_TORCH = {
     "engine.drafts", "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
     "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
     "errors", "wording", "log", "script", "gate", "checkpoint.find",
-    "text", "text.json_tokenizer", "text.tokenizer_files", "text.template", "text.chat_files",
+    "text", "text.json_tokenizer", "text.tokenizer_files", "text.template", "text.chat_files", "text.gguf_tokenizer",
+    "gguf",
 }  # fmt: skip
 
 

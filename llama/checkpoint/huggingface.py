@@ -57,6 +57,7 @@ class HuggingFaceFolder:
 
     shards = 1
     pads_vocabulary = True
+    notes: tuple[str, ...] = ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -25,6 +25,7 @@ class MetaFolder:
     """
 
     trained_length = window = None
+    notes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = {}  # nobody changes it
     facts: Mapping[str, str] = {}  # as above
 

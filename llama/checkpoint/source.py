@@ -8,9 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llama.checkpoint.gguf_source import GGUFFile
 from llama.checkpoint.huggingface import HuggingFaceFolder
 from llama.checkpoint.layout import EMBEDDING, split_axis
 from llama.checkpoint.meta_folder import MetaFolder
+from llama.gguf import find_gguf
 from llama.model.args import ModelArgs
 
 
@@ -58,6 +60,10 @@ class Source(Protocol):
         """Names of tensors that are those of other names: one of the two is enough, where both are held alike."""
 
     @property
+    def notes(self) -> Sequence[str]:
+        """What is to be said when it is loaded, a line each."""
+
+    @property
     def facts(self) -> Mapping[str, str]:
         """What else people may want to know of the checkpoint: name → words."""
 
@@ -98,7 +104,9 @@ class Source(Protocol):
 
 
 def open_source(folder: Path) -> Source:
-    """The checkpoint in a folder: in Meta's layout, or else in that of transformers, where it has a config.json."""
+    """The checkpoint at a path: in Meta's layout, in that of transformers (with a config.json), or a GGUF file."""
+    if gguf := find_gguf(folder):
+        return GGUFFile(gguf)
     if not any(folder.glob("consolidated.*.pth")) and (folder / "config.json").is_file():
         return HuggingFaceFolder(folder)
     return MetaFolder(folder)

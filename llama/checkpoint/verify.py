@@ -11,6 +11,7 @@ from pathlib import Path
 from llama.checkpoint import checklist
 from llama.checkpoint.checklist import sum_of
 from llama.errors import CheckpointError
+from llama.gguf import is_gguf
 from llama.paths import read
 from llama.progress import bar_of_bytes
 
@@ -21,7 +22,7 @@ _MOST_BYTES = 1 << 20  # of a file of sums
 
 def verify(folder: Path) -> str:
     """What was compared, in a line. Raises CheckpointError that names every file that is missing or differs."""
-    if (folder / "checklist.chk").exists() or not (folder / "config.json").is_file():
+    if (folder / "checklist.chk").exists() or not ((folder / "config.json").is_file() or is_gguf(folder)):
         return f"{checklist.verify(folder)} files match checklist.chk"
     from llama.checkpoint.source import open_checked  # it imports torch
 

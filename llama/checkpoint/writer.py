@@ -5,9 +5,7 @@ go by a number; the record `data/<number>` is those bytes, from a multiple of 64
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,16 +24,17 @@ from llama.checkpoint.layout import (
     stored_dtype,
     stored_shapes,
 )
+from llama.checkpoint.new_folder import NEW, all_or_nothing, check_target, said_in_one_line
 from llama.checkpoint.params import params_json
 from llama.checkpoint.pth_writer import Tensors, write_shard
 from llama.checkpoint.source import Source, open_checked, read_slice
 from llama.errors import CheckpointError, ParameterError
 from llama.kernels import quantized
 from llama.model.args import ModelArgs
-from llama.paths import kind, read
+from llama.paths import read
 from llama.progress import bar_of_bytes
 from llama.quantization.formats import check_format
-from llama.wording import in_units
+from llama.text.gguf_tokenizer import tokenizer_files
 
 MOST_SHARDS = 100  # consolidated.00.pth … consolidated.99.pth
 COPIED = (
@@ -43,7 +42,6 @@ COPIED = (
     "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
 _MOST_BYTES = 1 << 26  # of each of them
-NEW = "choose a folder that is new or empty"
 
 
 def reshard(folder: Path, out: Path, processes: int) -> list[Path]:
@@ -70,7 +68,7 @@ def reshard(folder: Path, out: Path, processes: int) -> list[Path]:
     def contents(rank: int, name: str) -> Tensor:
         return _slice(source, name, processes, rank)
 
-    return write_folder(out, [layout] * processes, contents, _small_files(source, args))
+    return write_folder(out, [layout] * processes, contents, small_files(source, args))
 
 
 def quantize(folder: Path, out: Path, weight_format: str) -> list[Path]:
@@ -103,7 +101,7 @@ def quantize(folder: Path, out: Path, weight_format: str) -> list[Path]:
         integers, scales = matrix(number, name.removesuffix("scales").removesuffix("weight") + "weight", own_format)
         return scales if name.endswith("scales") else integers
 
-    files = _small_files(source, args)
+    files = small_files(source, args)
     files["params.json"] = json.dumps({**json.loads(files["params.json"]), "quantize": weight_format}).encode()
     return write_folder(out, [layout] * shards, contents, files)
 
@@ -115,10 +113,23 @@ def _slice(source: Source, name: str, processes: int, rank: int) -> Tensor:
     return tensor
 
 
-def _small_files(source: Source, args: ModelArgs) -> dict[str, bytes]:
+def whole_tensor(source: Source, name: str) -> Tensor:
+    """A tensor of a source, in memory of its own."""
+    return _slice(source, name, 1, 0)
+
+
+def text_files(source: Source) -> dict[str, bytes]:
+    """What belongs to the tokenizer and to texts: name → bytes, as it lies beside the weights, or in them."""
+    if source.folder.is_file():
+        return tokenizer_files(source.folder)
+    found = [name for name in COPIED if name != "params.json" and (source.folder / name).exists()]
+    return {name: _read(source.folder / name) for name in found}
+
+
+def small_files(source: Source, args: ModelArgs) -> dict[str, bytes]:
     """The small files that go into the new folder: as they are, or as Meta's layout has them."""
-    folder = source.folder
-    files = {name: _read(folder / name) for name in COPIED if (folder / name).exists()}
+    params = source.folder / "params.json"
+    files = ({"params.json": _read(params)} if params.exists() else {}) | text_files(source)
     if "params.json" not in files:
         files["params.json"] = params_json(args, padded=source.pads_vocabulary).encode()
         if source.end_ids:
@@ -153,11 +164,11 @@ def write_folder(
     """
     size = sum(like.nbytes for layout in layouts for like in layout.values()) + sum(map(len, files.values()))
     names = [f"consolidated.{number:02d}.pth" for number in range(len(layouts))]
-    with _said_in_one_line(out):
-        _check_target(out, size)
+    with said_in_one_line(out):
+        check_target(out, size)
         # As long as consolidated.00.pth or params.json is missing, nobody takes the folder for a checkpoint.
         with (
-            _all_or_nothing(out, [*reversed(names), *files, "checklist.chk"]) as places,
+            all_or_nothing(out, [*reversed(names), *files, "checklist.chk"]) as places,
             bar_of_bytes("writing", size) as move,
         ):
             sums = {}
@@ -176,52 +187,3 @@ def _read(path: Path) -> bytes:
         return read(path, _MOST_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _check_target(out: Path, size: int) -> None:
-    present = kind(out)
-    if present not in (None, "a folder"):
-        raise CheckpointError(f"{out} is {present}: {NEW}")
-    names = sorted(path.name for path in out.iterdir()) if present else []
-    if names:
-        raise CheckpointError(f"{out} is not empty, it holds {names[0]}: {NEW}")
-    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
-    if size > free:
-        raise CheckpointError(
-            f"{out} needs {in_units(size)}, but {in_units(free)} is free on its disk: make room, or choose another"
-        )
-
-
-@contextmanager
-def _said_in_one_line(out: Path) -> Iterator[None]:
-    """What the system says against writing, such as that the disk is full, becomes a CheckpointError."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        raise CheckpointError(
-            f"{out} could not be written ({reason}), nothing is left of it: mend that, or choose another folder"
-        ) from None
-
-
-@contextmanager
-def _all_or_nothing(out: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-    """Name → where the block is to write that file; afterwards each gets its name within `out`, in this order.
-
-    Whatever fails, or interrupts it: the files are removed, and the folders that were made for them.
-    """
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    places = {name: out / f"{name}.partial" for name in names}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        yield places
-        for name, place in places.items():
-            place.rename(out / name)
-    except BaseException:
-        with suppress(OSError):
-            for name, place in places.items():
-                place.unlink(missing_ok=True)
-                (out / name).unlink(missing_ok=True)
-            for path in made:
-                path.rmdir()
-        raise

@@ -245,6 +245,25 @@ def quantize(ckpt_dir: FilePath, out: FilePath, *, quantize: str) -> None:
 
 
 @with_flags()
+@_once
+def convert(source: FilePath, out: FilePath, *, to: str) -> None:
+    """Write a checkpoint of any format anew in another: Meta's layout, a Hugging Face folder, or a GGUF file.
+
+    Numbers stay as they are; int8 and int4 become GGUF's q8_0 and q4_0.
+
+    Args:
+        source: the checkpoint: a folder, or a .gguf file.
+        out: the folder to write, new or empty; or the .gguf file.
+        to: meta, hf or gguf.
+    """
+    import_libraries()
+    from llama.checkpoint.convert import convert
+
+    written = convert(Path(source), Path(out), to)
+    print(one_line(f"{out}: {len(written)} file{'s' if len(written) > 1 else ''} written"))
+
+
+@with_flags()
 def demo() -> None:
     """Show what the bundled demo checkpoint can do: a story, an answer, and what to try next.
 
@@ -257,9 +276,8 @@ def demo() -> None:
             show(f"{scene}\n")
 
 
-COMMANDS = {
-    command.__name__: command for command in (complete, chat, batch, score, info, verify, reshard, quantize, demo)
-}  # fmt: skip
+_ALL = (complete, chat, batch, score, info, verify, reshard, quantize, convert, demo)
+COMMANDS = {command.__name__: command for command in _ALL}
 
 
 def main() -> None:

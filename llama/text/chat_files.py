@@ -31,6 +31,11 @@ def chat_format(folder: Path, asked: str | None, tokenizer: BaseTokenizer) -> Ch
     return NoChat(f"{folder} has no chat template: name one with chat_template (a file of Jinja, or llama2)")
 
 
+def template_of(folder: Path) -> str | None:
+    """The template that a checkpoint itself has."""
+    return _of_folder(folder, read_settings(folder))
+
+
 def _of_file(asked: str) -> str:
     path = expanded(asked, "chat_template")
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import TokenizerError
-from llama.tokenizer import BaseTokenizer, file_bytes
+from llama.tokenizer import BaseTokenizer
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 AGAIN = "download it again"
@@ -32,10 +32,10 @@ LETTERS = _letters()
 class JSONTokenizer(BaseTokenizer):
     """A tokenizer.json, with what tokenizer_config.json beside it says (`settings`)."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Raises TokenizerError that says what is wrong with the file, or not known here."""
+    def __init__(self, path: Path, data: bytes, settings: Mapping[str, Any]) -> None:
+        """The `data` of the file at `path`. Raises TokenizerError that says what is wrong, or not known here."""
         super().__init__()
-        described = _object(path)
+        described = _object(path, data)
         named = {name: text_of(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
         controls = _controls(described, set(named.values()))
         begin = _begin_of(described.pop("post_processor", None))
@@ -104,8 +104,7 @@ def text_of(token: Any) -> str | None:
     return content if isinstance(content, str) and content else None
 
 
-def _object(path: Path) -> dict[str, Any]:
-    data = file_bytes(path)
+def _object(path: Path, data: bytes) -> dict[str, Any]:
     try:
         described = json.loads(data)
     except (ValueError, RecursionError):

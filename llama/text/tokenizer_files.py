@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import TokenizerError
+from llama.gguf import find_gguf
 from llama.paths import expanded, read
+from llama.text.gguf_tokenizer import tokenizer_files
 from llama.text.json_tokenizer import JSONTokenizer, text_of
 from llama.tokenizer import BaseTokenizer, Tokenizer, file_bytes
 
@@ -19,10 +21,16 @@ def open_tokenizer(tokenizer_path: str) -> BaseTokenizer:
     path = Path(expanded(tokenizer_path, "tokenizer_path"))
     if path.is_dir() and (inside := tokenizer_in(path)):
         path = inside
-    settings = read_settings(path.parent)
-    if path.suffix == ".json" and file_bytes(path).lstrip()[:1] == b"{":
-        return JSONTokenizer(path, settings)
-    tokenizer = Tokenizer(str(path), _added(path.parent, settings))
+    settings = read_settings(path)
+    if path.suffix == ".gguf":
+        made = tokenizer_files(path)
+        if "tokenizer.json" in made:
+            return JSONTokenizer(path, made["tokenizer.json"], settings)
+        tokenizer = Tokenizer.of_proto(path, made["tokenizer.model"])
+    elif path.suffix == ".json" and (data := file_bytes(path)).lstrip()[:1] == b"{":
+        return JSONTokenizer(path, data, settings)
+    else:
+        tokenizer = Tokenizer(str(path), _added(path.parent, settings))
     if isinstance(told := settings.get("add_bos_token"), bool):
         tokenizer.adds_bos = told
     end = text_of(settings.get("eos_token"))
@@ -32,12 +40,16 @@ def open_tokenizer(tokenizer_path: str) -> BaseTokenizer:
 
 
 def tokenizer_in(folder: Path) -> Path | None:
-    return next((path for name in NAMES if (path := folder / name).is_file()), None)
+    """The tokenizer of a checkpoint, in its folder or in its GGUF file."""
+    return next((path for name in NAMES if (path := folder / name).is_file()), None) or find_gguf(folder)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, which Meta's folders do not have."""
-    return _read_object(folder / "tokenizer_config.json")
+def read_settings(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, which Meta's folders do not have: beside a file, in a folder, or what a GGUF file says."""
+    if gguf := find_gguf(path):
+        settings: dict[str, Any] = json.loads(tokenizer_files(gguf)["tokenizer_config.json"])
+        return settings
+    return _read_object((path if path.is_dir() else path.parent) / "tokenizer_config.json")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
