@@ -128,7 +128,7 @@ def plan(step: Step, cache: KVCache) -> AttentionPlan:
         return GPUSingleQueries(gpu, step.slots, step.positions)
     if flash_kernel_reads(cache.keys[0]):
         return plan_flash(step, cache)
-    short = SHORT if step.tokens.device.type == "cpu" else 1
+    short = 1 if gpu or step.tokens.device.type != "cpu" else SHORT
     singles = [single for span in step.spans if span.n <= short for single in span.singles()]
     rest = [span for span in step.spans if span.n > short]
     if not (gpu or _cpu_kernel_reads(cache.keys[0])):
