@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypedDict
 
+from typing_extensions import NotRequired
+
 from llama.errors import PromptError
 from llama.tokenizer import BaseTokenizer
 
@@ -16,6 +18,7 @@ Role = Literal["system", "user", "assistant"]
 class Message(TypedDict):
     role: Role
     content: str
+    destination: NotRequired[str]  # for formats that have one
 
 
 Dialog = Sequence[Message]
@@ -42,6 +45,10 @@ class ChatFormat(Protocol):
     def identity(self) -> str:
         """What tells it from others: equal where all prompts are."""
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer, beside those that end a text."""
+
     def check(self, dialog: Dialog, name: str) -> None:
         """Raise PromptError, which calls the dialog `name`, where the format cannot write it."""
 
@@ -58,6 +65,7 @@ class Llama2Chat:
 
     tokenizer: BaseTokenizer
     identity: ClassVar[str] = "llama2"
+    end_ids: ClassVar[frozenset[int]] = frozenset()
 
     def check(self, dialog: Dialog, name: str) -> None:
         check_dialog(dialog, name)
@@ -75,6 +83,7 @@ class NoChat:
 
     why: str
     identity: ClassVar[str] = "none"
+    end_ids: ClassVar[frozenset[int]] = frozenset()
 
     def check(self, dialog: Dialog, name: str) -> None:
         raise PromptError(f"{name} cannot be written as a prompt: {self.why}")

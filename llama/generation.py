@@ -19,12 +19,13 @@ from llama.checkpoint.find import find_checkpoint
 from llama.engine.drafts import Speculation
 from llama.engine.engine import Engine
 from llama.errors import LlamaError, PromptError
-from llama.jobs import Job, answer, completion
+from llama.infilling import Infilling, infilling_prompt
+from llama.jobs import Job, answer, completion, infilled
 from llama.loading import chosen, load, speculation
 from llama.model.transformer import Transformer
 from llama.options import RunOptions, check_seed
 from llama.output import Output
-from llama.predictions import ChatPrediction, CompletionPrediction, Score
+from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction, Score
 from llama.request import (
     LOGPROBS,
     TEMPERATURE,
@@ -32,6 +33,7 @@ from llama.request import (
     LeftOut,
     MoreSampling,
     Params,
+    Prompt,
     Request,
     SamplingParams,
     derive_seed,
@@ -195,23 +197,57 @@ class Llama:
         read = partial(self._dialog, allow_special_tags)
         return self._finish(self._jobs(dialogs, listed, "dialog", read), answer, on_text)
 
+    def infill(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float = TEMPERATURE,
+        top_p: float = TOP_P,
+        max_gen_len: int | None = None,
+        logprobs: bool | LeftOut = LOGPROBS,
+        suffix_first: bool = False,
+        *,
+        params: Params = None,
+        on_text: OnText | None = None,
+        **more: Unpack[MoreSampling],
+    ) -> list[InfillingPrediction]:
+        """What belongs between each prefix and its suffix: Code Llama 7B and 13B were made for that.
+
+        The model reads the prefix first, or, `suffix_first`, the suffix. `generation` is what belongs in the gap,
+        `full_text` the whole. Left out, `temperature` is 0.6, `top_p` 0.9 and `logprobs` False, or what `params` says.
+        Raises PromptError where the model was not made for it.
+        """
+        _check_list(prefixes)
+        _check_list(suffixes)
+        if len(prefixes) != len(suffixes):
+            raise PromptError(f"{len(prefixes)} prefixes and {len(suffixes)} suffixes: give a suffix for each prefix")
+        gaps = [Infilling(*texts, suffix_first) for texts in zip(prefixes, suffixes, strict=True)]
+        listed = params_for(len(gaps), params, _keywords(temperature, top_p, max_gen_len, logprobs, more))
+        jobs = self._jobs(gaps, listed, "prompt", self._infilling)
+        return self._finish(jobs, lambda job: infilled(job, gaps[job.index]), on_text)
+
+    text_infilling = infill  # as Code Llama's own runner calls it
+
     def run_each(
         self,
-        prompts: Sequence[str | Dialog],
+        prompts: Sequence[str | Dialog | Infilling],
         params: Params,
         *,
         on_text: OnText | None = None,
         allow_special_tags: bool = False,
-    ) -> Iterator[Ended[CompletionPrediction | ChatPrediction]]:
-        """Complete texts and answer dialogs; yields (index, prediction) in the order in which they finish.
+    ) -> Iterator[Ended[CompletionPrediction | ChatPrediction | InfillingPrediction]]:
+        """Complete texts, answer dialogs and fill gaps; yields (index, prediction) in the order in which they finish.
 
         A prompt that cannot be run, or fails, yields its error instead. Closing the iterator ends the rest.
         """
-        read = partial(self._text_or_dialog, allow_special_tags)
+        read = partial(self._any, allow_special_tags)
         jobs = self._jobs_or_errors(prompts, params_for(len(prompts), params, {}), read)
 
-        def result(job: Job) -> CompletionPrediction | ChatPrediction:
-            return completion(job) if isinstance(prompts[job.index], str) else answer(job)
+        def result(job: Job) -> CompletionPrediction | ChatPrediction | InfillingPrediction:
+            prompt = prompts[job.index]
+            if isinstance(prompt, Infilling):
+                return infilled(job, prompt)
+            return completion(job) if isinstance(prompt, str) else answer(job)
 
         return self._each(jobs, result, on_text)
 
@@ -242,6 +278,12 @@ class Llama:
         listed = [_scoring(top_logprobs)] * len(texts)
         jobs = self._jobs_or_errors(texts, listed, lambda text: (self._text(text, "the text"), "the text"), score=True)
         return self._collect(jobs, _score)
+
+    def prompt_tokens(self, prompt: str | Dialog | Infilling) -> list[int]:
+        """The exact prompt that would be run for a text, a dialog or a gap."""
+        read, _ = self._any(True, prompt)
+        assert read  # nothing is refused
+        return read.tokens
 
     def format_dialog(self, dialog: Dialog) -> ChatPrompt:
         """The exact prompt that `chat_completion` would run for a dialog."""
@@ -299,73 +341,78 @@ class Llama:
 
     def _jobs(
         self, prompts: Sequence[P], params: list[SamplingParams], kind: str,
-        read: Callable[[P, str], list[int] | None], *, echo: bool = False, score: bool = False,
+        read: Callable[[P, str], Prompt | None], *, echo: bool = False, score: bool = False,
     ) -> list[Job]:  # fmt: skip
         """A job for each prompt. Raises what is wrong with the first bad one, called `kind` and its index."""
-        tokens = [read(prompt, f"{kind} {index}") for index, prompt in enumerate(prompts)]
+        read_prompts = [read(prompt, f"{kind} {index}") for index, prompt in enumerate(prompts)]
         return [
             self._job(index, one, own, f"{kind} {index}", echo=echo, score=score)
-            for index, (one, own) in enumerate(zip(tokens, params, strict=True))
+            for index, (one, own) in enumerate(zip(read_prompts, params, strict=True))
         ]
 
     def _jobs_or_errors(
         self, prompts: Sequence[P], params: list[SamplingParams],
-        read: Callable[[P], tuple[list[int] | None, str]], *, score: bool = False,
+        read: Callable[[P], tuple[Prompt | None, str]], *, score: bool = False,
     ) -> list[Job]:  # fmt: skip
-        """The same where a bad prompt has a job with its error. `read` gives a prompt's tokens, and how to call it."""
+        """The same where a bad prompt has a job with its error. `read` gives its prompt, and a name."""
         jobs = []
         for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
             try:
-                tokens, name = read(prompt)
-                jobs.append(self._job(index, tokens, own, name, score=score))
+                read_prompt, name = read(prompt)
+                jobs.append(self._job(index, read_prompt, own, name, score=score))
             except LlamaError as error:
                 jobs.append(Job(own, index, rejection=error))
         return jobs
 
     def _job(
-        self, index: int, tokens: list[int] | None, params: SamplingParams, name: str,
+        self, index: int, prompt: Prompt | None, params: SamplingParams, name: str,
         *, echo: bool = False, score: bool = False,
     ) -> Job:  # fmt: skip
-        """The n checked requests of one prompt, which errors call `name`; none where there are no tokens to run."""
+        """The n checked requests of one prompt, which errors call `name`; none where there is nothing to run."""
         job = Job(params, index)
-        if tokens is None:
+        if prompt is None:
             return job
         seed = derive_seed(self.seed, next(self._requests)) if params.seed is None else params.seed
         for sample in range(params.n):
             request = Request(
-                tokens, params, derive_seed(seed, sample) if sample else seed,
-                stop_tokens=frozenset((*self.end_ids, *params.stop_token_ids)),
+                prompt.tokens, params, derive_seed(seed, sample) if sample else seed,
+                stop_tokens=prompt.end_ids.union(self.end_ids, params.stop_token_ids),
                 prompt_logprobs=score or (echo and (params.logprobs or params.top_logprobs > 0)),
                 name=name,
             )  # fmt: skip
             self.engine.check(request)
-            job.samples.append(Output(self.engine, self.tokenizer, request, index, echo))
+            job.samples.append(Output(self.engine, self.tokenizer, request, index, echo, prompt.inside))
         return job
 
-    def _text(self, text: str, name: str) -> list[int]:
+    def _text(self, text: str, name: str) -> Prompt:
         if not isinstance(text, str):
             raise PromptError(f"{name} is {type(text).__name__}, not a string: {text!r:.60}")
-        return self.tokenizer.encode(text, bos=True, eos=False)
+        return Prompt(self.tokenizer.encode(text, bos=True, eos=False))
 
-    def _dialog(self, allow_special_tags: bool, dialog: Dialog, name: str) -> list[int] | None:
-        """The tokens of a dialog's prompt; None for one to refuse."""
+    def _infilling(self, infilling: Infilling, name: str) -> Prompt:
+        return infilling_prompt(infilling, self.tokenizer, name)
+
+    def _dialog(self, allow_special_tags: bool, dialog: Dialog, name: str) -> Prompt | None:
+        """None for a dialog to refuse."""
         self.chat.check(dialog, name)
         if self.chat.refuses(dialog) and not allow_special_tags:
             return None
-        return self.chat.prompt(dialog).tokens
+        return Prompt(self.chat.prompt(dialog).tokens, self.chat.end_ids)
 
-    def _text_or_dialog(self, allow_special_tags: bool, prompt: str | Dialog) -> tuple[list[int] | None, str]:
+    def _any(self, allow_special_tags: bool, prompt: str | Dialog | Infilling) -> tuple[Prompt | None, str]:
+        if isinstance(prompt, Infilling):
+            return self._infilling(prompt, "the prompt"), "the prompt"
         if isinstance(prompt, str):
             return self._text(prompt, "the prompt"), "the prompt"
         return self._dialog(allow_special_tags, prompt, "the dialog"), "the dialog"
 
 
-def _listed(prompt: Sequence[int], name: str) -> list[int]:
-    """A prompt as a list of Python's own numbers."""
+def _listed(prompt: Sequence[int], name: str) -> Prompt:
+    """A prompt that is a list of tokens, as Python's own numbers."""
     listed: object = plain(prompt)
     if not isinstance(listed, Sequence) or isinstance(listed, str):
         raise PromptError(f"{name} is {type(listed).__name__}, not a list of tokens")
-    return list(listed) if set(map(type, listed)) <= {int} else list(plain_each(listed))
+    return Prompt(list(listed) if set(map(type, listed)) <= {int} else list(plain_each(listed)))
 
 
 def _keywords(

@@ -5,11 +5,12 @@ from typing import TypeVar
 
 from llama.chat import REFUSAL
 from llama.errors import LlamaError
+from llama.infilling import Infilling
 from llama.output import Output
-from llama.predictions import ChatPrediction, CompletionPrediction
+from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction
 from llama.request import SamplingParams
 
-P = TypeVar("P", CompletionPrediction, ChatPrediction)
+P = TypeVar("P", CompletionPrediction, ChatPrediction, InfillingPrediction)
 
 
 @dataclass(slots=True)
@@ -39,6 +40,14 @@ def completion(job: Job) -> CompletionPrediction:
     # mypy: a subtype of Result might bring another `samples`; what `result` makes has none.
     predictions: list[CompletionPrediction] = [
         {"generation": s.text, **s.result()}  # type: ignore[typeddict-item]
+        for s in job.samples
+    ]
+    return _with_samples(predictions)
+
+
+def infilled(job: Job, infilling: Infilling) -> InfillingPrediction:
+    predictions: list[InfillingPrediction] = [
+        {"generation": s.text, "full_text": infilling.prefix + s.text + infilling.suffix, **s.result()}  # type: ignore[typeddict-item]  # as there
         for s in job.samples
     ]
     return _with_samples(predictions)

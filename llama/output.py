@@ -15,7 +15,9 @@ class Output:
     One thread steps the engine and so adds to it, another may read it: what is whole is put into the reader's queue.
     """
 
-    def __init__(self, engine: Engine, tokenizer: BaseTokenizer, request: Request, index: int, echo: bool) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: BaseTokenizer, request: Request, index: int, echo: bool, inside: bool = False
+    ) -> None:
         self.request = request
         self.index = index  # of the prompt in its call; n samples of a prompt share it
         self.text = ""
@@ -23,7 +25,8 @@ class Output:
         self._taken = 0
         self._engine = engine
         self._tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer, request.params.stop, request.params.min_gen_len)
+        self._inside = inside  # a text, whose first space is kept
+        self._decoder = StreamDecoder(tokenizer, request.params.stop, request.params.min_gen_len, inside=inside)
         self._echoed = request.prompt if echo else []
         self._seen = 0
         self._news: SimpleQueue[News | None] = SimpleQueue()
@@ -62,7 +65,7 @@ class Output:
     def kept(self) -> tuple[list[int], list[str]]:
         """(Tokens, pieces), the pieces joining to the text: of a stop string's tokens only what comes before it."""
         tokens = self._echoed + self.request.tokens
-        pieces = self._tokenizer.pieces(tokens)
+        pieces = self._tokenizer.pieces(tokens, self._inside)
         if not self._decoder.stopped:
             return tokens, pieces
         kept: list[str] = []

@@ -35,6 +35,12 @@ class CompletionPrediction(Result, total=False):
     samples: list["CompletionPrediction"]
 
 
+class InfillingPrediction(Result, total=False):
+    generation: str  # what belongs in the gap
+    full_text: str  # the prefix, that, and the suffix
+    samples: list["InfillingPrediction"]
+
+
 class ChatPrediction(Result, total=False):
     generation: Message
     samples: list["ChatPrediction"]

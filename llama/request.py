@@ -165,6 +165,16 @@ TEMPERATURE, TOP_P, LOGPROBS = LeftOut(0.6), LeftOut(0.9), LeftOut(False)  # Met
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model reads, the tokens that end its completion beside the model's own, and whether it ends `inside` a
+    text: then what comes next keeps its first space."""
+
+    tokens: list[int]
+    end_ids: frozenset[int] = frozenset()
+    inside: bool = False
+
+
 @dataclass(slots=True)
 class Counts:
     """What came of drafts: the steps in which the host chose tokens, the drafts in them, and those that were right."""

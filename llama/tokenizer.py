@@ -16,6 +16,7 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 REPLACEMENT = "\ufffd"  # what it makes of a byte that is not UTF-8
 _MOST_BYTES = 1 << 26  # of the file; Llama-2's has half a million
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+_BEFORE = "\u263a"  # ☺, which no tokenizer joins with what follows it
 
 
 class BaseTokenizer:
@@ -61,6 +62,17 @@ class BaseTokenizer:
             tokens += self._encode_part(plain, number == 0) if token is None else [token]
         return tokens
 
+    def encode_inside(self, text: str) -> list[int]:
+        """The tokens of a text that goes on where another ended: no space is put before it."""
+        mark, tokens = (self.encode(s, bos=False, eos=False) for s in (_BEFORE, _BEFORE + text))
+        if tokens[: len(mark)] != mark:
+            raise TokenizerError(f"tokenizer {self.model_path} joins {_BEFORE} with what follows: use the model's own")
+        return tokens[len(mark) :]
+
+    def id_of(self, piece: str) -> int | None:
+        """The token with this name (spaces as SPACE); None where there is none."""
+        raise NotImplementedError
+
     def _encode_part(self, text: str, first: bool) -> list[int]:
         """The tokens of a part of a longer text, which stands at its beginning or behind a special token."""
         raise NotImplementedError
@@ -72,12 +84,12 @@ class BaseTokenizer:
         """The text of tokens; control tokens (begin, end) have none."""
         return "".join(self.pieces(t))
 
-    def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """One string a token, whose concatenation is exactly `decode(tokens)`.
+    def pieces(self, tokens: Sequence[int], inside: bool = False) -> list[str]:
+        """One string a token, whose concatenation is exactly `decode(tokens)`; `inside` a text it keeps a first space.
 
         A character made of several byte tokens stands in the piece of the last of them.
         """
-        decoder = StreamDecoder(self)
+        decoder = StreamDecoder(self, inside=inside)
         pieces = [decoder.feed(token) for token in tokens]
         rest = decoder.flush()
         if pieces:
@@ -179,6 +191,12 @@ class Tokenizer(BaseTokenizer):
     def _encode_part(self, text: str, first: bool) -> list[int]:
         return self._encode(text)  # as Meta's format has it: a space before each part
 
+    def id_of(self, piece: str) -> int | None:
+        token: int = self.sp_model.piece_to_id(piece)  # that of the unknown piece where there is none
+        if self.sp_model.id_to_piece(token) == piece:
+            return token
+        return next((token for token, (text, _) in self._added.items() if text == piece), None)
+
     def _name(self, token: int) -> str:
         return self.sp_model.id_to_piece(token) if token < self._own else self._added[token][0]
 
@@ -253,15 +271,18 @@ class StreamDecoder:
 
     With stop strings the text ends exactly where the first of them begins, `stopped` turns true, and what might be
     the start of one is held back until it is decided. One whose last character was decided by the first `min_tokens`
-    tokens that were fed is plain text; it counts where a later token completes it, wherever it began.
+    tokens that were fed is plain text; it counts where a later token completes it, wherever it began. A text that goes
+    on `inside` another keeps its first space.
     """
 
-    def __init__(self, tokenizer: BaseTokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(
+        self, tokenizer: BaseTokenizer, stop: Sequence[str] = (), min_tokens: int = 0, *, inside: bool = False
+    ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._min_tokens, self._fed = min_tokens, 0
-        self._at_start = tokenizer.strips_first_space
+        self._at_start = tokenizer.strips_first_space and not inside
         self._bytes = b""  # of byte tokens that are not a character yet
         self._held = ""  # text that might be the start of a stop string
         self._plain = 0  # how much of it no stop string may end in

@@ -1,7 +1,9 @@
-"""Words that messages share: alternatives, lists, sizes, near misses."""
+"""Words that messages share: alternatives, lists, sizes, near misses, texts that are none."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+from llama.errors import PromptError
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 LISTED = 5  # how many names a message lists
@@ -28,3 +30,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that was probably meant."""
     near = get_close_matches(name, list(known), 1)
     return near[0] if near else None
+
+
+def utf8(data: bytes, what: str = "") -> str:
+    """The text of bytes. Raises PromptError, which begins with `what` ("standard input is "), where they are none."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        place = f"{error.reason} at byte {error.start}"
+        raise PromptError(f"{what}not UTF-8 text ({place}): convert it first") from None

@@ -250,7 +250,7 @@ def test_bytes_that_are_no_text_are_found_where_they_are(tmp_path: Path, before:
     """The message names the byte's place in its line, and the line."""
     file = tmp_path / "prompts.txt"
     file.write_bytes(before + b"\xff\n")
-    said = rf"prompts\.txt is not UTF-8 text \(invalid start byte at byte 0 of line {before.count(10) + 1}\)"
+    said = rf"prompts\.txt line {before.count(10) + 1} is not UTF-8 text \(invalid start byte at byte 0\)"
     for read in (read_prompts, read_dialogs):
         with pytest.raises(PromptError, match=said):
             read(str(file))

@@ -21,22 +21,23 @@ FLOORS = (
     ("kernels", "options"),
     ("device", "quantization"),
     ("text",),
-    ("parallel", "chat", "progress"),
+    ("parallel", "chat", "infilling", "progress"),
     ("tokenizer", "request", "interrupts", "gguf"),
     ("paths", "script"),
-    ("errors", "wording", "log"),
+    ("wording",),
+    ("errors", "log"),
     ("gate",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 WITHOUT_TORCH = {
     "cli", "cli.arguments", "cli.build", "cli.chat", "cli.chat.commands", "cli.chat.conversation", "cli.commands",
-    "cli.demo_scenes", "cli.flags", "cli.help", "cli.output", "cli.score", "cli.shell", "cli.token_view",
+    "cli.demo_scenes", "cli.flags", "cli.help", "cli.output", "cli.prompts", "cli.score", "cli.shell", "cli.token_view",
     "batch", "batch.identity", "batch.input", "batch.lines", "batch.openai", "batch.results", "engine",
     "engine.drafts", "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
     "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
     "errors", "wording", "log", "script", "gate", "checkpoint.find",
     "text", "text.json_tokenizer", "text.tokenizer_files", "text.template", "text.chat_files", "text.gguf_tokenizer",
-    "gguf",
+    "text.step_chat", "gguf", "infilling",
 }  # fmt: skip
 
 

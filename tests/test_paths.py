@@ -18,7 +18,7 @@ from llama.cli.arguments import arguments, is_path
 from llama.errors import LlamaError, ParameterError
 from llama.paths import check_writable, expanded, kind, read
 
-PATHS = {"ckpt_dir", "tokenizer_path", "html", "file", "output", "out"}
+PATHS = {"ckpt_dir", "tokenizer_path", "html", "file", "output", "out", "source", "infill"}
 FLAGS = [
     (name, flag)
     for name, command in commands.COMMANDS.items()
@@ -49,7 +49,9 @@ def test_every_path_is_known_as_one() -> None:
 def test_a_path_has_a_home_and_is_not_empty(home: Path, name: str, flag: inspect.Parameter) -> None:
     """Whichever flag of whichever command it is; the error calls it as the help does."""
     others = [f"--{p.name}=1" for n, p in FLAGS if n == name and p.default is p.empty and p.name != flag.name]
-    others += {"reshard": ["--model_parallel_size=1"], "quantize": ["--quantize=int8"]}.get(name, [])
+    others += {"reshard": ["--model_parallel_size=1"], "quantize": ["--quantize=int8"], "convert": ["--to=hf"]}.get(
+        name, []
+    )
     for typed, meant in (("~/a b", f"{home}/a b"), ("~", str(home)), ("./~", "./~"), ("-", "-"), ("a~", "a~")):
         read = arguments(commands.COMMANDS[name], [f"--{flag.name}={typed}", *others], "it")
         assert read is not None and read[1][flag.name] == meant

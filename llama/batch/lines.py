@@ -12,16 +12,20 @@ from llama.batch import openai
 from llama.chat import Dialog
 from llama.errors import LlamaError, ParameterError, PromptError
 from llama.gate import json_line
+from llama.infilling import Infilling
 from llama.request import SamplingParams, derive_seed
 from llama.tokenizer import BaseTokenizer
-from llama.wording import nearest
+from llama.wording import nearest, utf8
 
 Format = Literal["text", "jsonl"]
 SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
 _OF_THE_RUN = {  # not of the result
     "generation", "samples", "time", "time_to_first_token", "drafted_tokens", "accepted_tokens", "tokens_per_step",
 }  # fmt: skip
-_EXPECTED = 'expected {"prompt": …}, {"messages": […]}, a list of messages, or OpenAI\'s batch form'
+_EXPECTED = (
+    'expected {"prompt": …}, {"messages": […]}, {"prefix": …, "suffix": …}, a list of messages, or OpenAI\'s batch form'
+)
+_KINDS = {"prompt": str, "messages": list, "prefix": str}  # of JSON objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Line:
 
     number: int  # in the file, from 1
     id: str | int | None = None
-    prompt: str | Dialog = ""
+    prompt: str | Dialog | Infilling = ""
     params: SamplingParams | None = None
     error: str | None = None
     call: openai.Call | None = None  # where the line is of OpenAI's form
@@ -63,9 +67,9 @@ def read_line(number: int, data: bytes, form: Format, defaults: SamplingParams, 
     A line that is none says why in its `error`.
     """
     try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        return Line(number, error=f"not UTF-8 text ({error.reason} at byte {error.start})")
+        text = utf8(data)
+    except PromptError as error:
+        return Line(number, error=str(error))
     line = Line(number, prompt=text) if form == "text" else _read_json(number, text, defaults)
     if line.error is None:
         params = line.params or defaults
@@ -102,20 +106,31 @@ def _read_object(number: int, value: dict[str, Any], defaults: SamplingParams) -
     name = value.pop("id", None)
     if not isinstance(name, str | int | None) or isinstance(name, bool):
         return Line(number, error=f"id is a JSON {type(name).__name__}: expected a string or an integer")
-    value = {key: field for key, field in value.items() if field is not None or key not in ("prompt", "messages")}
+    value = {key: field for key, field in value.items() if field is not None or key not in _KINDS}
     try:
-        if ("prompt" in value) == ("messages" in value):
-            both = "both prompt and messages" if "prompt" in value else "neither prompt nor messages"
-            raise PromptError(f"{both}: {_EXPECTED}")
-        kind = str if "prompt" in value else list
-        prompt = value.pop("prompt" if kind is str else "messages")
-        if not isinstance(prompt, kind):
+        kinds = [key for key in _KINDS if key in value]
+        if len(kinds) != 1:
             raise PromptError(
-                f"a {'prompt' if kind is str else 'messages'} that is {type(prompt).__name__}: {_EXPECTED}"
+                f"{'both ' + ' and '.join(kinds) if kinds else 'neither prompt nor messages'}: {_EXPECTED}"
             )
+        prompt = value.pop(kinds[0])
+        if not isinstance(prompt, _KINDS[kinds[0]]):
+            raise PromptError(f"a {kinds[0]} that is {type(prompt).__name__}: {_EXPECTED}")
+        if kinds == ["prefix"]:
+            prompt = _infilling(prompt, value)
         return Line(number, name, prompt, replace(defaults, **sampling_fields(value)))
     except LlamaError as error:
         return Line(number, name, error=str(error))
+
+
+def _infilling(prefix: str, value: dict[str, Any]) -> Infilling:
+    """The gap behind a prefix, with what else of the object belongs to it."""
+    suffix, first = value.pop("suffix", None), value.pop("suffix_first", False)
+    if not isinstance(suffix, str):
+        raise PromptError(f"a prefix whose suffix is {type(suffix).__name__}: {_EXPECTED}")
+    if not isinstance(first, bool):
+        raise PromptError(f"a suffix_first that is {first!r:.60}: expected true or false")
+    return Infilling(prefix, suffix, first)
 
 
 def _read_openai(number: int, value: dict[str, Any], defaults: SamplingParams) -> Line:
@@ -225,20 +240,12 @@ def _encode(record: dict[str, Any]) -> bytes:
 
 def read_prompts(path: str) -> list[str]:
     """The lines of a text file, one prompt each; blank lines are left out. Raises PromptError where it is no text."""
-    return [_text(path, number, data) for number, data in numbered_lines(path)]
+    return [utf8(data, f"{path} line {number} is ") for number, data in numbered_lines(path)]
 
 
 def read_dialogs(path: str) -> list[list[Any]]:
     """The dialogs of a JSON-lines file: lists of messages, or objects with "messages". Raises PromptError by line."""
-    return [_dialog(path, number, _text(path, number, data)) for number, data in numbered_lines(path)]
-
-
-def _text(path: str, number: int, data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        place = f"{error.reason} at byte {error.start} of line {number}"
-        raise PromptError(f"prompts file {path} is not UTF-8 text ({place})") from None
+    return [_dialog(path, number, utf8(data, f"{path} line {number} is ")) for number, data in numbered_lines(path)]
 
 
 def _dialog(path: str, number: int, line: str) -> list[Any]:

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from llama.errors import ParameterError, PromptError
+from llama.infilling import Infilling
 from llama.tokenizer import BaseTokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -21,7 +22,7 @@ _OURS = ("top_k", "min_p", "repetition_penalty", "min_gen_len", "stop_token_ids"
 # Fields that do not change what is generated here, and fields that may stand there at the value that changes nothing.
 _HARMLESS = {"model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier",
              "prompt_cache_key"}  # fmt: skip
-_ONLY_AT = {"stream": (False,), "echo": (False,), "best_of": (1,), "suffix": ("",), "tools": ([],),
+_ONLY_AT = {"stream": (False,), "echo": (False,), "best_of": (1,), "tools": ([],),
             "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],),
             "response_format": ({"type": "text"},)}  # fmt: skip
 _LINE = ("custom_id", "method", "url", "body")
@@ -66,7 +67,7 @@ def read_body(value: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, str
     _refuse_unknown(value, _LINE, "the line")
     body = {key: field for key, field in value["body"].items() if field is not None and key not in _HARMLESS}
     chat = value["url"] == CHAT
-    prompt = _messages(body) if chat else _prompt(body)
+    prompt = _messages(body) if chat else _text(body)
     return prompt, *_sampling(body, chat)
 
 
@@ -75,6 +76,14 @@ def _refuse_unknown(value: dict[str, Any], known: tuple[str, ...], where: str) -
     for key, field in value.items():
         if key not in known and field is not None:
             raise PromptError(f"{where} has the unknown field {key!r:.60}: expected {', '.join(known)}")
+
+
+def _text(body: dict[str, Any]) -> str | Infilling:
+    """The prompt; with a suffix that is not empty, what stands before a gap."""
+    prompt, suffix = _prompt(body), body.pop("suffix", "")
+    if not isinstance(suffix, str):
+        raise PromptError(f"body.suffix is {suffix!r:.60}: expected a string")
+    return Infilling(prompt, suffix) if suffix else prompt
 
 
 def _prompt(body: dict[str, Any]) -> str:

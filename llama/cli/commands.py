@@ -11,11 +11,13 @@ from llama import log
 from llama.checkpoint.find import DEMO, find_folder
 from llama.cli.arguments import Command, with_flags
 from llama.cli.build import build, import_libraries
-from llama.cli.flags import MODEL, SAMPLING, SCORING_MODEL, sampling_params
+from llama.cli.flags import GAP, MODEL, SAMPLING, SCORING_MODEL, sampling_params
 from llama.cli.output import show_completions
+from llama.cli.prompts import text_with_gap, texts
 from llama.cli.shell import run
-from llama.errors import LlamaError, ParameterError, PromptError
+from llama.errors import LlamaError, ParameterError
 from llama.gate import json_line, one_line, show, to_stderr
+from llama.infilling import Infilling
 from llama.log import is_first
 from llama.paths import FilePath, check_writable
 
@@ -41,14 +43,15 @@ def _once(command: Command) -> Command:
     return call
 
 
-@with_flags(model=MODEL, sampling=SAMPLING)
+@with_flags(gap=GAP, model=MODEL, sampling=SAMPLING)
 def complete(
     *prompts: str, prompt: Sequence[str] = (), json: bool = False, html: FilePath | None = None,
-    show_prompt: bool = False, model: dict[str, Any], sampling: dict[str, Any],
+    show_prompt: bool = False, gap: dict[str, Any], model: dict[str, Any], sampling: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Complete texts.
+    """Complete texts, or fill the gap in one.
 
     A text is taken as it is typed, whatever it looks like. In a terminal its completion appears while it is made.
+    Code Llama 7B and 13B can fill a gap too, between --prefix and --suffix or where a file has <FILL_ME>.
 
     Args:
         prompts: the texts to complete; - is the standard input as one text.
@@ -63,21 +66,21 @@ def complete(
         check_writable(html)
         params = replace(params, top_logprobs=params.top_logprobs or HTML_ALTERNATIVES)
     params = replace(params, logprobs=params.logprobs or params.top_logprobs > 0)
-    texts = _texts(prompts, prompt)
-    llama = build(model, max(min(len(texts) * params.n, AT_ONCE), params.num_beams))
+    asked = _asked(prompts, prompt, text_with_gap(**gap))
+    llama = build(model, max(min(len(asked) * params.n, AT_ONCE), params.num_beams))
     from llama import parallel  # as _build has done: not earlier, for it imports torch
 
-    texts = parallel.broadcast(texts, llama.model.device)  # of the first process, which alone reads standard input
+    asked = parallel.broadcast(asked, llama.model.device)  # of the first process, which alone reads standard input
     if show_prompt and is_first():
-        _show_prompts(llama, texts)
-    results = show_completions(llama, texts, params, as_json=json, as_tokens=as_tokens, speaks=is_first())
-    done = [(text, r) for text, r in zip(texts, results, strict=True) if not isinstance(r, LlamaError)]
+        _show_prompts(llama, asked)
+    results = show_completions(llama, asked, params, as_json=json, as_tokens=as_tokens, speaks=is_first())
+    done = [(str(one), r) for one, r in zip(asked, results, strict=True) if not isinstance(r, LlamaError)]
     if html is not None and is_first():
         from llama.cli.token_view import page
 
         _write(html, page(done))
     _say_statistics([result for _, result in done])
-    if len(done) < len(texts):
+    if len(done) < len(asked):
         sys.exit(2)
 
 
@@ -288,25 +291,12 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------ what they share
 
 
-def _texts(prompts: Sequence[str], more: Sequence[str]) -> list[str]:
-    """The texts to complete; in the place of "-" what the first process reads from standard input."""
-    if not prompts and not more:
-        raise PromptError("no prompt: give llama complete a text, or - for standard input, or --prompt=TEXT")
-    if prompts.count("-") > 1:
-        raise PromptError(f"- was given {prompts.count('-')} times, but standard input is read once: give it once")
-    return [_standard_input() if text == "-" and is_first() else text for text in prompts] + list(more)
-
-
-def _standard_input() -> str:
-    """All of standard input as one text, without the newline that ends it."""
-    if sys.stdin.isatty():
-        log.say("reading the prompt from the terminal; Ctrl-D ends it")
-    try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"standard input is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
-        ) from None
+def _asked(prompts: Sequence[str], more: Sequence[str], infilling: Infilling | None) -> Sequence[str | Infilling]:
+    if infilling is None:
+        return texts(prompts, more)
+    if prompts or more:
+        raise ParameterError("a text with a gap is filled in by itself: leave out the other prompts")
+    return [infilling]
 
 
 def _write(path: str, text: str) -> None:
@@ -316,10 +306,10 @@ def _write(path: str, text: str) -> None:
         raise ParameterError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _show_prompts(llama: "Llama", texts: list[str]) -> None:
-    for text in texts:
-        tokens = llama.tokenizer.encode(text, bos=True, eos=False)
-        to_stderr(f"llama: prompt {text!r}, {len(tokens)} tokens: {tokens}")
+def _show_prompts(llama: "Llama", asked: Sequence[str | Infilling]) -> None:
+    for one in asked:
+        tokens = llama.prompt_tokens(one)
+        to_stderr(f"llama: prompt {str(one)!r}, {len(tokens)} tokens: {tokens}")
 
 
 def _say_statistics(results: list[Any]) -> None:

@@ -36,6 +36,12 @@ MODEL = {
     **_flags(RunOptions),
 }
 SCORING_MODEL = {name: flag for name, flag in MODEL.items() if name not in ("speculate", "draft_tokens")}
+GAP = {
+    "prefix": Flag(str | None, None, "the text before a gap."),
+    "suffix": Flag(str | None, None, "the text behind it."),
+    "infill": Flag(FilePath | None, None, "the file of a text with a gap, marked <FILL_ME>; - is the standard input."),
+    "suffix_first": Flag(bool, False, "let the model read what is behind the gap first."),
+}
 SAMPLING = _flags(SamplingParams, without=("seed",))  # the model's is the one from which each request's is derived
 
 

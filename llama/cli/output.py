@@ -11,6 +11,7 @@ from llama.request import SamplingParams
 
 if TYPE_CHECKING:
     from llama.generation import Llama
+    from llama.infilling import Infilling
     from llama.predictions import CompletionPrediction
 
 _HEADING = 70  # characters of a prompt in the line above its completion
@@ -42,16 +43,19 @@ def in_order(results: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
 
 
 def show_completions(
-    llama: "Llama", texts: Sequence[str], params: SamplingParams, *, as_json: bool, as_tokens: bool, speaks: bool
-) -> "list[CompletionPrediction | LlamaError]":
-    """Complete texts and print each in its turn, in a terminal while it is made; only where the process `speaks`.
+    llama: "Llama", prompts: "Sequence[str | Infilling]", params: SamplingParams,
+    *, as_json: bool, as_tokens: bool, speaks: bool,
+) -> list[Any]:  # fmt: skip
+    """Complete texts, fill gaps, and print each result in its turn, in a terminal while it is made.
 
-    `as_tokens`: token by token, with what `params` asks for. The error of a text that fails is a line on stderr.
+    Only a process that `speaks` prints. `as_tokens`: token by token, with what `params` asks for. The error of a text
+    that fails is a line on stderr.
     """
+    texts = list(map(str, prompts))
     whole = as_json or as_tokens or params.num_beams > 1 or not sys.stdout.isatty()
     stream = _Stream(texts) if speaks and not whole else None
     done = []
-    for index, result in in_order(llama.run_each(texts, params, on_text=stream.add if stream else None)):
+    for index, result in in_order(llama.run_each(prompts, params, on_text=stream.add if stream else None)):
         done.append(result)
         if stream:
             stream.end("\n" if isinstance(result, LlamaError) else _after_first(result))
@@ -61,10 +65,14 @@ def show_completions(
             which = f"prompt {index}: " if len(texts) > 1 else ""
             to_stderr(f"llama: {which}{result}")
         elif as_json:
-            print(json_line({"prompt": texts[index], **prediction_fields(result)}), flush=True)
+            print(json_line({**_prompt_fields(prompts[index]), **prediction_fields(result)}), flush=True)
         elif not stream:
             print(_heading(texts, index) + _whole(result, as_tokens), end="", flush=True)
     return done
+
+
+def _prompt_fields(prompt: "str | Infilling") -> dict[str, str]:
+    return {"prompt": prompt} if isinstance(prompt, str) else {"prefix": prompt.prefix, "suffix": prompt.suffix}
 
 
 class _Stream:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llama.batch.lines import Format, numbered_lines
 from llama.errors import LlamaError
 from llama.gate import harmless
+from llama.wording import utf8
 
 if TYPE_CHECKING:
     from llama.generation import Llama
@@ -72,11 +73,11 @@ def scores(
 def _text(data: bytes, form: Format) -> str | LlamaError:
     """The text of a line, or why it is none."""
     try:
-        value = data.decode()
+        value = utf8(data)
         if form == "jsonl":
             value = json.loads(value)
-    except UnicodeDecodeError as error:
-        return LlamaError(f"not UTF-8 text ({error.reason} at byte {error.start})")
+    except LlamaError as error:
+        return error
     except (ValueError, RecursionError) as error:
         return LlamaError(f'not JSON ({error}): expected a string or {{"text": "…"}}')
     if isinstance(value, dict):

@@ -7,6 +7,7 @@ from llama.chat import ChatFormat, Llama2Chat, NoChat
 from llama.errors import ParameterError, PromptError
 from llama.paths import expanded, read
 from llama.text.json_tokenizer import text_of
+from llama.text.step_chat import STEP, StepChat
 from llama.text.template import TemplateChat
 from llama.text.tokenizer_files import read_settings
 from llama.tokenizer import BaseTokenizer, Tokenizer
@@ -17,7 +18,7 @@ _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def chat_format(folder: Path, asked: str | None, tokenizer: BaseTokenizer) -> ChatFormat:
-    """That of `--chat_template` (a file, llama2 or none), else that of the folder, else Llama-2's for its tokenizer."""
+    """That of `--chat_template` (a file, llama2 or none), else that of the folder, else Meta's for its tokenizer."""
     settings = read_settings(folder)
     if asked == LLAMA2:
         return Llama2Chat(tokenizer)
@@ -26,6 +27,8 @@ def chat_format(folder: Path, asked: str | None, tokenizer: BaseTokenizer) -> Ch
     template = _of_file(asked) if asked is not None else _of_folder(folder, settings)
     if template is not None:
         return TemplateChat(template, _names(settings, tokenizer), tokenizer)
+    if (step := tokenizer.id_of(STEP)) is not None:
+        return StepChat(tokenizer, step)
     if isinstance(tokenizer, Tokenizer):
         return Llama2Chat(tokenizer)
     return NoChat(f"{folder} has no chat template: name one with chat_template (a file of Jinja, or llama2)")

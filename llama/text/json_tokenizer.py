@@ -82,6 +82,10 @@ class JSONTokenizer(BaseTokenizer):
         tokens = self.encode_template(name + text)  # behind a special token some add no space
         return tokens[1:] if tokens[:1] == [token] else self._encode(text)
 
+    def id_of(self, piece: str) -> int | None:
+        token: int | None = self._library.token_to_id(piece)
+        return token
+
     def _name(self, token: int) -> str:
         name: str = self._names.get(token, f"<{token}>")
         return name

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from llama.chat import ChatPrompt, Dialog, check_messages
 from llama.errors import PromptError
@@ -26,6 +26,8 @@ _MISTAKES = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError
 
 class TemplateChat:
     """A template with its tokenizer; `names` are the special tokens that a template may ask for, such as bos_token."""
+
+    end_ids: ClassVar[frozenset[int]] = frozenset()
 
     def __init__(self, template: str, names: Mapping[str, str], tokenizer: BaseTokenizer) -> None:
         self._template, self._names, self._tokenizer = template, dict(names), tokenizer

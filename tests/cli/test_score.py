@@ -30,8 +30,8 @@ def test_a_score_is_that_of_the_library(demo: Llama, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "line", "said"),
     [
-        ("text", b"\xff", "not UTF-8 text (invalid start byte at byte 0)"),
-        ("jsonl", b'"\xff"', "not UTF-8 text (invalid start byte at byte 1)"),
+        ("text", b"\xff", "not UTF-8 text (invalid start byte at byte 0): convert it first"),
+        ("jsonl", b'"\xff"', "not UTF-8 text (invalid start byte at byte 1): convert it first"),
         ("jsonl", b"{", "not JSON (Expecting property name"),
         ("jsonl", b"[" * 9999, "not JSON (maximum recursion"),
         ("jsonl", b"[1]", 'expected a JSON string or {"text": "…"}'),

@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": ["verify"],
     "reshard": ["reshard", str(DEMO), "out", "--model_parallel_size=2"],
     "quantize": ["quantize", str(DEMO), "out", "--quantize=int4"],
+    "convert": ["convert", str(DEMO), "out", "--to=hf"],
     "demo": ["demo"],
     "help": [],
     "help of one": ["batch", "--help"],
