@@ -60,8 +60,8 @@ def test_metas_own_tokens(tmp_path: Path) -> None:
     tokenizer = Tokenizer(str(with_pieces(tmp_path / "tokenizer.model", more, Path(path))))
     infilling = Infilling('def remove_non_ascii(s: str) -> str:\n    """ ', "\n    return result\n")
     assert infilling_prompt(infilling, tokenizer, "it").tokens == [
-        1, 32007, 822, 3349, 29918, 5464, 29918, 294, 18869, 29898, 29879, 29901, 851, 29897, 1599, 851, 29901, 13, 1678,
-        9995, 29871, 32008, 13, 1678, 736, 1121, 13, 32009,
+        1, 32007, 822, 3349, 29918, 5464, 29918, 294, 18869, 29898, 29879, 29901, 851, 29897, 1599, 851, 29901, 13,
+        1678, 9995, 29871, 32008, 13, 1678, 736, 1121, 13, 32009,
     ]  # fmt: skip
 
 
