@@ -74,10 +74,10 @@ class Llama:
         speculate: str | None = None,
         draft_tokens: int = 7,
     ) -> "Llama":
-        """Load a checkpoint in Meta's layout, and log what was chosen in one line.
+        """Load a checkpoint (a folder of Meta's or of Hugging Face's, or a GGUF file), and log what was chosen.
 
-        Left out, `ckpt_dir` is LLAMA_CKPT_DIR, or else the bundled demo; `tokenizer_path` is the tokenizer.model in
-        the folder, LLAMA_TOKENIZER_PATH, or the one beside the folder. `max_seq_len` is the most tokens of one
+        Left out, `ckpt_dir` is LLAMA_CKPT_DIR, or else the bundled demo; `tokenizer_path` is the tokenizer in the
+        folder or file, LLAMA_TOKENIZER_PATH, or the one beside the folder. `max_seq_len` is the most tokens of one
         sequence, prompt and completion; `max_batch_size` how many sequences are held at once (more may be asked for).
         `seed` None takes fresh entropy; of several processes the first's counts. `quantize` "int8" or "int4" holds the
         matrices in so many bits, `kv_dtype` "fp8" the KV cache in 8. `threads` is how many this process uses on a CPU

@@ -15,7 +15,7 @@ from random import Random
 
 FILES = {"weights": "consolidated.*.pth", "params": "params.json", "tokenizer": "tokenizer.model",
          "checklist": "checklist.chk", "tensors": "*.safetensors", "config": "*config.json",
-         "index": "*.index.json"}  # fmt: skip
+         "index": "*.index.json", "gguf": "*.gguf"}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ runs of bytes
@@ -219,6 +219,18 @@ def other_header(r: Random, data: bytes) -> bytes:
     return struct.pack("<Q", length) + text + rest
 
 
+def other_numbers(r: Random, data: bytes) -> bytes:
+    """Counts, lengths, kinds and values in the header of a GGUF file, whose metadata stand first."""
+    changed = bytearray(data)
+    for _ in range(r.choice((1, 1, 3))):
+        at = r.randrange(r.choice((24, 1500, 40000)))
+        value = r.choice((0, 1, 2, 3, 9, 12, 31, 64, 2**31 - 1, 2**32 - 1))
+        large = r.choice((0, 1, 2**20, 2**40, 2**63 - 1, 2**64 - 1))
+        made = struct.pack("<I", value) if r.random() < 0.6 else struct.pack("<Q", large)
+        changed[at : at + len(made)] = made
+    return bytes(changed)
+
+
 def number(data: bytes, at: int) -> tuple[int, int]:
     """A varint of a protobuf message, and where it ends."""
     value = shift = 0
@@ -320,7 +332,7 @@ def other_lines(r: Random, data: bytes) -> bytes:
 OWN = {"weights": (other_tensors, other_tensors, pickle_damaged), "params": (other_params, other_params),
        "tokenizer": (other_pieces, other_pieces, other_settings), "checklist": (other_lines,),
        "tensors": (other_header, other_header), "config": (other_params, other_params),
-       "index": (other_params,)}  # fmt: skip
+       "index": (other_params,), "gguf": (other_numbers,)}  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- whole files
@@ -361,12 +373,13 @@ WHOLE = (of_another_checkpoint, no_file)
 
 
 def sound(folder: Path) -> Path:
-    """The checkpoints that are damaged: plain, in int8, in int4, in two shards, and as a Hugging Face folder."""
+    """The checkpoints that are damaged: plain, in int8, in int4, in two shards, as a Hugging Face folder, as GGUF."""
     import torch
     from checkpoints import SMALL, random_weights, save
 
     from llama.checkpoint import writer
     from llama.checkpoint.checklist import format_checklist, read_checklist
+    from llama.checkpoint.convert import convert
 
     params = {**SMALL, "vocab_size": 1024, "n_heads": 4, "n_kv_heads": 2}
     first = save(folder / "first", params, random_weights(params, torch.bfloat16))
@@ -381,6 +394,9 @@ def sound(folder: Path) -> Path:
     (folder / "plain" / "checklist.chk").write_text(format_checklist(sums))
     huggingface_folder(folder / "huggingface", params, random_weights(params, torch.bfloat16))
     shutil.copy(demo / "tokenizer.model", folder / "huggingface")
+    for base, name in (("plain", "gguf"), ("int4", "gguf4")):
+        (folder / name).mkdir()
+        convert(folder / base, folder / name / "model.gguf", "gguf")
     shutil.rmtree(first)
     return folder
 
@@ -418,10 +434,11 @@ def huggingface_folder(folder: Path, params: dict, weights: dict) -> None:
 def damage(seed: int, sounds: Path, folder: Path) -> tuple[str, str]:
     """Write the damaged checkpoint of a seed into `folder`; returns which kind of file was damaged, and how."""
     r = Random(seed)
-    base = r.choice(("plain", "plain", "int8", "int4", "two", "huggingface", "huggingface"))
+    base = r.choice(("plain", "plain", "int8", "int4", "two", "huggingface", "huggingface", "gguf", "gguf4"))
     shutil.copytree(sounds / base, folder)
     metas = ("weights", "weights", "weights", "params", "params", "tokenizer", "tokenizer", "checklist")
-    kind = r.choice(("tensors", "tensors", "tensors", "config", "config", "index") if base == "huggingface" else metas)
+    theirs = {"huggingface": ("tensors", "tensors", "tensors", "config", "config", "index"), "gguf": ("gguf",)}
+    kind = r.choice(theirs.get("gguf" if base == "gguf4" else base, metas))
     path = r.choice(sorted(folder.glob(FILES[kind])))
     drawn = r.random()
     if drawn < 0.1:

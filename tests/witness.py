@@ -45,15 +45,15 @@ def outcomes(folder: Path) -> dict[str, str]:
             assert len(line) < 4000, f"{words[0]}: a line of {len(line)} characters"
         found[words[0]] = said.strip().replace(str(folder), "…") or "ran"
     if found["complete"] == "ran":
-        read_all(folder / "tokenizer.model")
+        read_all(folder)
     return found
 
 
-def read_all(path: Path) -> None:
+def read_all(folder: Path) -> None:
     """What a run may come to later: every token is decoded."""
-    from llama.tokenizer import Tokenizer
+    from llama.text.tokenizer_files import open_tokenizer
 
-    tokenizer = Tokenizer(str(path))
+    tokenizer = open_tokenizer(str(folder))
     space = tokenizer.sp_model.piece_to_id("\u2581")
     tokens = list(range(tokenizer.n_words))
     for some in (tokens, [*tokens[260:400], space], [space, *tokens], [0, space, 0]):

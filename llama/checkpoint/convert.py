@@ -35,7 +35,8 @@ def convert(path: Path, out: Path, to: str) -> list[Path]:
         raise ParameterError(f"to={to!r:.40} is no format: expected {', '.join(FORMATS)}")
     source, args = open_checked(path)
     if to == "meta":
-        return reshard(path, out, source.shards)
+        reshard(path, out, source.shards)
+        return sorted(out.iterdir())
     source.check_dtypes()
     if to == "gguf":
         return _write_file(out, GGUFWriter(source, args, tokenizer_metadata(source.folder, args.vocab_size)))

@@ -29,7 +29,7 @@ def find_shards(folder: Path) -> list[Path]:
         names = sorted(path.name for path in folder.iterdir())
         contents = f"it holds {listed(names)}" if names else "it is empty"
         raise CheckpointError(
-            f"{folder} has no consolidated.*.pth; {contents}: ckpt_dir is the folder of Meta's .pth files"
+            f"{folder} has no consolidated.*.pth; {contents}: ckpt_dir is the folder with the weights, or a .gguf file"
         )
     numbers = {int(m[1]) for name in shards if (m := re.fullmatch(r"consolidated\.(\d\d)\.pth", name))}
     wanted = [f"consolidated.{i:02d}.pth" for i in range(max(max(numbers, default=0) + 1, _listed_shards(folder)))]

@@ -216,7 +216,13 @@ class GGUFFile:
         return self._bytes(entry).view(entry.shape[0], -1, entry.kind.size)
 
     def _bytes(self, entry: Entry) -> Tensor:
-        return _mapped(entry.path)[entry.begin : entry.begin + entry.size]
+        return self._mapped[entry.path][entry.begin : entry.begin + entry.size]
+
+    @cached_property
+    def _mapped(self) -> dict[Path, Tensor]:
+        """The bytes of each file."""
+        sizes = {path: path.stat().st_size for path in self.files}
+        return {path: torch.from_file(str(path), size=size, dtype=torch.uint8) for path, size in sizes.items()}
 
     def release(self, piece: Tensor) -> None:
         """Let go of a piece's pages; one that was computed is not mapped, and nobody reads it again."""
@@ -239,9 +245,3 @@ class GGUFFile:
 
     def check_dtypes(self) -> None:
         """A tensor lies in one piece here."""
-
-
-@lru_cache(maxsize=64)
-def _mapped(path: Path) -> Tensor:
-    """A file's bytes."""
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)

@@ -28,10 +28,10 @@ MODEL = {
     "ckpt_dir": Flag(
         FilePath | None,
         None,
-        "folder with consolidated.00.pth and params.json; else LLAMA_CKPT_DIR, else the bundled demo.",
+        "a folder of Meta's or of Hugging Face's, or a .gguf file; else LLAMA_CKPT_DIR, else the bundled demo.",
     ),
     "tokenizer_path": Flag(
-        FilePath | None, None, "tokenizer.model; else in the folder, LLAMA_TOKENIZER_PATH, beside the folder."
+        FilePath | None, None, "tokenizer.model or .json; else in the folder, LLAMA_TOKENIZER_PATH, beside the folder."
     ),
     **_flags(RunOptions),
 }

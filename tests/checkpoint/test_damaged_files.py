@@ -22,12 +22,12 @@ def witness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Witness]:
     witness.close()
 
 
-@pytest.mark.parametrize("name", ["plain", "two", "int8", "int4", "huggingface"])
+@pytest.mark.parametrize("name", ["plain", "two", "int8", "int4", "huggingface", "gguf", "gguf4"])
 def test_sound_files_run(witness: Witness, name: str) -> None:
     """All that is done with a damaged checkpoint is done with one that is not."""
     _, answer = witness.ask(name)
     refused = {command for command, said in answer["found"].items() if said != "ran"}
-    assert refused == ({"quantize"} if name.startswith("int") else set()), answer
+    assert refused == ({"quantize"} if name.endswith(("int8", "4")) else set()), answer
 
 
 @settings(max_examples=200, derandomize=True, database=None)

@@ -91,10 +91,9 @@ def test_any_blocks_make_a_model(name: str, tmp_path: Path, file: Path) -> None:
         pytest.skip("the demo's rows are no multiple of 256")
     source = GGUFFile(file)
     blocks = torch.randint(0, 256, (64 * 12, kind.size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    blocks[:, :4] = torch.tensor(
-        list(struct.pack("<ee", 0.5, -1.5)), dtype=torch.uint8
-    )  # scale and minimum are numbers
+    blocks[:, :4] = torch.tensor(list(struct.pack("<ee", 0.5, -1.5)), dtype=torch.uint8)  # a scale, or two
     (tmp_path / "raw").write_bytes(blocks.numpy().tobytes())
+    source._mapped[tmp_path / "raw"] = torch.from_file(str(tmp_path / "raw"), size=blocks.numel(), dtype=torch.uint8)
     own = type(entry)(tmp_path / "raw", (64, 12 * 32), kind, 0, blocks.numel())
     expected = BLOCKS[name](blocks).view(64, -1)
     for axis in (0, 1):
@@ -325,3 +324,15 @@ def test_damaged_files_are_read_or_refused(file: Path, tmp_path_factory: pytest.
         said = ""
     path.unlink()
     assert "\n" not in said
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    """In the same process, at the same path."""
+    made(tmp_path / "a.gguf")
+    first = logits_of(build(tmp_path / "a.gguf"))(TOKENS)
+    quantize(DEMO, tmp_path / "q", "int4")
+    (tmp_path / "a.gguf").unlink()
+    made(tmp_path / "a.gguf", source=tmp_path / "q")
+    found = build(tmp_path / "a.gguf")
+    assert found.model.weight_format == "int4"
+    assert not torch.equal(logits_of(found)(TOKENS), first)

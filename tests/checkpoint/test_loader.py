@@ -231,7 +231,7 @@ def test_more_than_ten_shards_are_found_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ((), "has no consolidated.*.pth; it is empty: ckpt_dir is the folder of Meta's .pth files"),
+        ((), "has no consolidated.*.pth; it is empty: ckpt_dir is the folder with the weights, or a .gguf file"),
         (("model.safetensors", "config.json"), "no consolidated.*.pth; it holds config.json, model.safetensors:"),
         (tuple("abcdefgh"), "it holds a, b, c, d, e, and 3 more:"),
         (("consolidated.00.pth", "consolidated.02.pth"), "lacks consolidated.01.pth of its 3 shards: download"),

@@ -52,6 +52,20 @@ def error(y: Tensor, expected: Tensor) -> float:
 
 
 @needs_kernels
+@pytest.mark.parametrize("n", [1, 4, 16, 40, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_integer_of_eight_bits_is_a_weight(variant: str, dtype: torch.dtype, n: int) -> None:
+    """Also -128, which we write nowhere, and files of others may have: alone, among others, under the same signs."""
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randint(-128, 128, (48, 128), dtype=torch.int8, generator=generator)
+    q[:16], q[16:32] = -128, torch.where(q[16:32] < 0, -128, 127)
+    scales = torch.rand(48, 4, generator=generator).half()
+    for x in (torch.randn(n, 128, generator=generator), torch.ones(n, 128), -torch.ones(n, 128)):
+        found = product(x.to(dtype), q, scales)
+        assert error(found, reference(x.to(dtype), q, scales, "int8")) < TOLERANCE[dtype]
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_shape_agrees_with_plain_arithmetic(variant: str, name: str, dtype: torch.dtype) -> None:
