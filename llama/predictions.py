@@ -1,6 +1,7 @@
 """What callers get: the dicts of completions, answers and scores."""
 
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 from llama.chat import Message
 from llama.request import FinishReason
@@ -54,3 +55,14 @@ class Score(TypedDict):
     logprobs: list[float | None]
     top_logprobs: list[list[TopLogprob] | None] | None
     perplexity: float | None
+
+
+def samples_of(prediction: Mapping[str, Any]) -> list[Any]:
+    """All samples of a prompt: a prediction that is its only one stands for itself."""
+    samples: list[Any] = prediction.get("samples", [prediction])
+    return samples
+
+
+def completion_tokens(prediction: Mapping[str, Any]) -> int:
+    """Of all samples."""
+    return sum(sample["completion_tokens"] for sample in samples_of(prediction))

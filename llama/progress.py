@@ -54,11 +54,11 @@ class Progress:
         if not hidden and log.is_said() and _in_terminal():
             self._bar = tqdm(total=total, initial=done, desc="requests", unit="", dynamic_ncols=True)
 
-    def show(self, done: int, read: int, made: int) -> None:
-        """`done` requests in all; `read` and `made`: tokens of prompts and completions since the start."""
+    def show(self, done: int, prompt_tokens: int, completion_tokens: int) -> None:
+        """`done` requests in all; the tokens are those since the start."""
         now = time.monotonic()
         seconds = max(now - self._started, 1e-3)
-        rates = f"{read / seconds:.0f} tokens/s in, {made / seconds:.0f} out"
+        rates = f"{prompt_tokens / seconds:.0f} tokens/s in, {completion_tokens / seconds:.0f} out"
         if self._bar is not None:
             self._bar.set_postfix_str(rates, refresh=False)
             self._bar.update(done - self._bar.n)

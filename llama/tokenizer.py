@@ -192,8 +192,8 @@ class Tokenizer(BaseTokenizer):
         return self._encode(text)  # as Meta's format has it: a space before each part
 
     def id_of(self, piece: str) -> int | None:
-        token: int = self.sp_model.piece_to_id(piece)  # that of the unknown piece where there is none
-        if self.sp_model.id_to_piece(token) == piece:
+        token: int = self.sp_model.piece_to_id(piece)  # the unknown piece's, or -1, where there is none
+        if 0 <= token < self._own and self.sp_model.id_to_piece(token) == piece:
             return token
         return next((token for token, (text, _) in self._added.items() if text == piece), None)
 

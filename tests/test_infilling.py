@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,13 @@ def test_a_model_without_the_pieces_says_so(tmp_path: Path, missing: int) -> Non
         PromptError, match=rf"prompt 0 cannot be filled in: the tokenizer has no piece {INFILLING[missing]}"
     ):
         infilling_prompt(Infilling("a", "b"), tokenizer, "prompt 0")
+
+
+def test_a_tokenizer_without_an_unknown_piece_has_none(tmp_path: Path) -> None:
+    """Its answer to a name that it does not know is no token."""
+    tokenizer = Tokenizer(str(with_pieces(tmp_path / "tokenizer.model", [])))
+    tokenizer.sp_model = SimpleNamespace(piece_to_id=lambda piece: -1)
+    assert tokenizer.id_of("▁<PRE>") is None
 
 
 def test_a_tokenizer_json_has_them_too(tmp_path: Path) -> None:

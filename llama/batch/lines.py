@@ -61,7 +61,7 @@ def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
         raise PromptError(f"prompts file {path} cannot be read: {error.strerror}") from None
 
 
-def read_line(number: int, data: bytes, form: Format, defaults: SamplingParams, seed: int) -> Line:
+def read_line(number: int, data: bytes, file_format: Format, defaults: SamplingParams, seed: int) -> Line:
     """What one line asks for, with the sampling fields it sets; its noise comes from `seed` and its number.
 
     A line that is none says why in its `error`.
@@ -70,7 +70,7 @@ def read_line(number: int, data: bytes, form: Format, defaults: SamplingParams, 
         text = utf8(data)
     except PromptError as error:
         return Line(number, error=str(error))
-    line = Line(number, prompt=text) if form == "text" else _read_json(number, text, defaults)
+    line = Line(number, prompt=text) if file_format == "text" else _read_json(number, text, defaults)
     if line.error is None:
         params = line.params or defaults
         line = replace(

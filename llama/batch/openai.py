@@ -13,6 +13,7 @@ from typing import Any
 
 from llama.errors import ParameterError, PromptError
 from llama.infilling import Infilling
+from llama.predictions import completion_tokens, samples_of
 from llama.tokenizer import BaseTokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -158,15 +159,14 @@ def in_their_words(theirs: dict[str, str]) -> Iterator[None]:
 def response(number: int, call: Call, result: dict[str, Any], tokenizer: BaseTokenizer) -> dict[str, Any]:
     """The line of OpenAI's output file for a prediction; `seed`, which is ours, gives the same result again."""
     chat = call.url == CHAT
-    samples = result.get("samples", [result])
-    read, made = result["prompt_tokens"], sum(sample["completion_tokens"] for sample in samples)
+    read, completed = result["prompt_tokens"], completion_tokens(result)
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{number}",
         "object": "chat.completion" if chat else "text_completion",
         "created": 0,
         "model": call.model,
-        "choices": [_choice(index, sample, chat, tokenizer) for index, sample in enumerate(samples)],
-        "usage": {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made},
+        "choices": [_choice(index, sample, chat, tokenizer) for index, sample in enumerate(samples_of(result))],
+        "usage": {"prompt_tokens": read, "completion_tokens": completed, "total_tokens": read + completed},
         "seed": result["seed"],
     }
     return _line(number, call, 200, body)

@@ -25,17 +25,19 @@ from llama.batch.results import LineSet, ResultFile, check_parts, has_parts, joi
 from llama.chat import Llama2Chat
 from llama.checkpoint.checklist import fingerprint
 from llama.errors import LlamaError, ParameterError, PeerError
+from llama.predictions import completion_tokens
 from llama.progress import Progress
 from llama.request import SamplingParams
 
 if TYPE_CHECKING:
     from llama.generation import Llama
 
+COUNTS = ("requests", "prompt_tokens", "completion_tokens")  # of all replicas, for the progress
 BLOCK = 8  # lines of a block for each sequence that is held at once: at a block's end some slots stay empty
 
 
 def run_batch(
-    llama: "Llama", file: str, form: Format, output: str, params: SamplingParams,
+    llama: "Llama", file: str, file_format: Format, output: str, params: SamplingParams,
     *, fresh_seed: bool = False, ordered: bool = False,
 ) -> int:  # fmt: skip
     """Complete every line of `file` into `output`; return how many failed (on rank 0; 0 elsewhere).
@@ -48,7 +50,7 @@ def run_batch(
     first = parallel.rank() == 0
     with contextlib.ExitStack() as files:
         results = files.enter_context(ResultFile(out)) if first else None
-        begun = _begin(llama, file, form, results, params, fresh_seed) if results else None
+        begun = _begin(llama, file, file_format, results, params, fresh_seed) if results else None
         path, seed, total, done, failed = replicas.from_first(begun)
         if results is None and replicas.leads:
             results = files.enter_context(ResultFile(part(out, replicas.index)))
@@ -56,11 +58,11 @@ def run_batch(
         before = len(done)
 
         def show() -> None:
-            sums = [replicas.add(name, 0) for name in ("requests", "read", "made")]
+            sums = [replicas.add(name, 0) for name in COUNTS]
             progress.show(before + sums[0], *sums[1:])
 
         try:
-            for line, result in _results(llama, replicas, path, form, params, seed, done):
+            for line, result in _results(llama, replicas, path, file_format, params, seed, done):
                 if results:
                     results.append(_record(llama, line, result))
                     _count(replicas, result)
@@ -82,7 +84,9 @@ def run_batch(
         return _end(results, done, replicas, failed, total, ordered) if first and results else 0
 
 
-def stream_batch(llama: "Llama", file: str, form: Format, params: SamplingParams, *, ordered: bool = False) -> int:
+def stream_batch(
+    llama: "Llama", file: str, file_format: Format, params: SamplingParams, *, ordered: bool = False
+) -> int:
     """Complete every line of `file` onto standard output, each when it is finished; return how many failed.
 
     Every rank calls this. Nothing is kept, so there is nothing to go on with; the records are those of a file.
@@ -100,13 +104,15 @@ def stream_batch(llama: "Llama", file: str, form: Format, params: SamplingParams
     progress = Progress(total, 0, hidden=sys.stdout.isatty())
     try:
         while block := replicas.from_first(next(blocks, None)):
-            results = _run_block(llama, [read_line(number, data, form, params, llama.seed) for number, data in block])
+            results = _run_block(
+                llama, [read_line(number, data, file_format, params, llama.seed) for number, data in block]
+            )
             for line, result in sorted(results, key=lambda pair: pair[0].number) if ordered else results:
                 if first:
                     sys.stdout.buffer.write(_record(llama, line, result))
                     sys.stdout.buffer.flush()
                     _count(replicas, result)
-                    progress.show(*(replicas.add(name, 0) for name in ("requests", "read", "made")))
+                    progress.show(*(replicas.add(name, 0) for name in COUNTS))
     finally:
         progress.close()
     failed = replicas.add("failed", 0)
@@ -117,7 +123,7 @@ def stream_batch(llama: "Llama", file: str, form: Format, params: SamplingParams
 def _begin(
     llama: "Llama",
     file: str,
-    form: Format,
+    file_format: Format,
     results: ResultFile,
     params: SamplingParams,
     fresh_seed: bool,
@@ -131,7 +137,7 @@ def _begin(
     check_parts(out)
     path = settle_input(file, out)
     digest, total = measure(path)
-    identity = _identity(llama, params) | {"input": {"sha256": digest, "format": form}}
+    identity = _identity(llama, params) | {"input": {"sha256": digest, "format": file_format}}
     if fresh_seed and before:
         identity["settings"]["seed"] = before.get("settings", {}).get("seed")
     begun = out.stat().st_size > 0 or has_parts(out)
@@ -141,7 +147,7 @@ def _begin(
         write_identity(out, identity)
     results.cut_torn_end()
     failed += join_parts(results, done)
-    if form == "jsonl" and (repeated := repeated_id(path)):
+    if file_format == "jsonl" and (repeated := repeated_id(path)):
         log.say(f"{file}: {repeated}")
     if done:
         log.say(f"{out} has {len(done)} of {total} requests already")
@@ -175,7 +181,7 @@ def _model(llama: "Llama") -> str:
 
 
 def _results(
-    llama: "Llama", replicas: Replicas, path: str, form: Format, params: SamplingParams, seed: int, done: LineSet
+    llama: "Llama", replicas: Replicas, path: str, file_format: Format, params: SamplingParams, seed: int, done: LineSet
 ) -> Iterator[tuple[Line, Any]]:
     """(Line, its prediction or error) for the lines of this replica that are not done, as they finish."""
     mine = replicas.draw("block")
@@ -183,7 +189,7 @@ def _results(
         while mine < block:  # blocks of blank lines
             mine = replicas.draw("block")
         if mine == block:
-            lines = [read_line(number, data, form, params, seed) for number, data in numbered]
+            lines = [read_line(number, data, file_format, params, seed) for number, data in numbered]
             if any(line.number not in done for line in lines):
                 yield from ((line, r) for line, r in _run_block(llama, lines) if line.number not in done)
             mine = replicas.draw("block")
@@ -215,8 +221,8 @@ def _count(replicas: Replicas, result: Any) -> None:
     if result is None or isinstance(result, LlamaError):
         replicas.add("failed", 1)
         return
-    replicas.add("read", result["prompt_tokens"])
-    replicas.add("made", sum(sample["completion_tokens"] for sample in result.get("samples", [result])))
+    replicas.add("prompt_tokens", result["prompt_tokens"])
+    replicas.add("completion_tokens", completion_tokens(result))
 
 
 def _end(results: ResultFile, done: LineSet, replicas: Replicas, failed: int, total: int, ordered: bool) -> int:

@@ -12,7 +12,7 @@ from llama.checkpoint.find import DEMO, find_folder
 from llama.cli.arguments import Command, with_flags
 from llama.cli.build import build, import_libraries
 from llama.cli.flags import GAP, MODEL, SAMPLING, SCORING_MODEL, sampling_params
-from llama.cli.output import show_completions
+from llama.cli.output import show_completions, statistics
 from llama.cli.prompts import text_with_gap, texts
 from llama.cli.shell import run
 from llama.errors import LlamaError, ParameterError
@@ -79,7 +79,8 @@ def complete(
         from llama.cli.token_view import page
 
         _write(html, page(done))
-    _say_statistics([result for _, result in done])
+    if done:
+        log.say(statistics([result for _, result in done]))
     if len(done) < len(asked):
         sys.exit(2)
 
@@ -310,18 +311,3 @@ def _show_prompts(llama: "Llama", asked: Sequence[str | Infilling]) -> None:
     for one in asked:
         tokens = llama.prompt_tokens(one)
         to_stderr(f"llama: prompt {str(one)!r}, {len(tokens)} tokens: {tokens}")
-
-
-def _say_statistics(results: list[Any]) -> None:
-    """Tokens in and out, how fast, and what came of drafts, on stderr."""
-    if not results:
-        return
-    read = sum(result["prompt_tokens"] for result in results)
-    samples = [sample for result in results for sample in result.get("samples", [result])]
-    made, seconds = sum(sample["completion_tokens"] for sample in samples), max(sample["time"] for sample in samples)
-    first = [result["time_to_first_token"] for result in results if result["time_to_first_token"] is not None]
-    began = f", the first after {min(first):.2f} s" if first else ""
-    drafted, right = (sum(sample.get(f"{which}_tokens", 0) for sample in samples) for which in ("drafted", "accepted"))
-    drafts = f", {right} of {drafted} drafts right" if drafted else ""
-    speed = made / max(seconds, 1e-9)
-    log.say(f"{read} tokens in, {made} out in {seconds:.2f} s ({speed:.1f} tokens/s){began}{drafts}")

@@ -28,7 +28,7 @@ MODEL = {
     "ckpt_dir": Flag(
         FilePath | None,
         None,
-        "a folder of Meta's or of Hugging Face's, or a .gguf file; else LLAMA_CKPT_DIR, else the bundled demo.",
+        "Meta's or Hugging Face's folder, or a .gguf file; else LLAMA_CKPT_DIR, else the bundled demo.",
     ),
     "tokenizer_path": Flag(
         FilePath | None, None, "tokenizer.model or .json; else in the folder, LLAMA_TOKENIZER_PATH, beside the folder."

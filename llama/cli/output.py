@@ -2,11 +2,12 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama.errors import LlamaError
 from llama.gate import harmless, json_line, to_stderr
+from llama.predictions import completion_tokens, samples_of
 from llama.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -75,6 +76,19 @@ def _prompt_fields(prompt: "str | Infilling") -> dict[str, str]:
     return {"prompt": prompt} if isinstance(prompt, str) else {"prefix": prompt.prefix, "suffix": prompt.suffix}
 
 
+def statistics(results: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens in and out, how fast, and what came of drafts."""
+    samples = [sample for result in results for sample in samples_of(result)]
+    read, completed = sum(result["prompt_tokens"] for result in results), sum(map(completion_tokens, results))
+    seconds = max(sample["time"] for sample in samples)
+    first = [result["time_to_first_token"] for result in results if result["time_to_first_token"] is not None]
+    began = f", the first after {min(first):.2f} s" if first else ""
+    drafted, right = (sum(sample.get(f"{which}_tokens", 0) for sample in samples) for which in ("drafted", "accepted"))
+    drafts = f", {right} of {drafted} drafts right" if drafted else ""
+    speed = completed / max(seconds, 1e-9)
+    return f"{read} tokens in, {completed} out in {seconds:.2f} s ({speed:.1f} tokens/s){began}{drafts}"
+
+
 class _Stream:
     """Prints the text whose turn it is while it is made, and holds back that of later ones."""
 
@@ -119,5 +133,5 @@ def _whole(result: "CompletionPrediction", as_tokens: bool) -> str:
 
 def _after_first(result: "CompletionPrediction") -> str:
     """What follows the text of the first sample: the end of its line, and the others."""
-    others = result.get("samples", [])[1:]
+    others = samples_of(result)[1:]
     return "\n" + "".join(f"--- sample {number}\n{sample['generation']}\n" for number, sample in enumerate(others, 2))

@@ -50,7 +50,7 @@ def opened(file: str) -> Iterator[tuple[int, bytes]]:
 
 
 def scores(
-    llama: "Llama", lines: Iterator[tuple[int, bytes]], form: Format, top_logprobs: int
+    llama: "Llama", lines: Iterator[tuple[int, bytes]], file_format: Format, top_logprobs: int
 ) -> Iterator[dict[str, Any]]:
     """A record for every line that is not blank, in order: its score, or its "error".
 
@@ -59,7 +59,7 @@ def scores(
     from llama import parallel
 
     while some := parallel.broadcast(list(islice(lines, AT_ONCE)), llama.model.device):
-        texts = [_text(data, form) for _, data in some]
+        texts = [_text(data, file_format) for _, data in some]
         good = [text for text in texts if isinstance(text, str)]
         results = iter(llama.score_each(good, top_logprobs=top_logprobs))
         for (number, _), text in zip(some, texts, strict=True):
@@ -70,11 +70,11 @@ def scores(
                 yield {"line": number, "text": text, **result}
 
 
-def _text(data: bytes, form: Format) -> str | LlamaError:
+def _text(data: bytes, file_format: Format) -> str | LlamaError:
     """The text of a line, or why it is none."""
     try:
         value = utf8(data)
-        if form == "jsonl":
+        if file_format == "jsonl":
             value = json.loads(value)
     except LlamaError as error:
         return error

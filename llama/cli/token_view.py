@@ -9,6 +9,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from llama.predictions import samples_of
+
 Prediction = Mapping[str, Any]  # as text_completion(…, logprobs=True, top_logprobs=K) makes it
 Place = tuple[str, float, Sequence[Mapping[str, Any]]]  # a piece, its log-probability, the most probable tokens there
 
@@ -37,7 +39,7 @@ def page(results: Sequence[tuple[str, Prediction]]) -> str:
     """
     labels = [*(f"≥ {100 * step:.0f} %" for step in STEPS), f"< {100 * STEPS[-1]:.0f} %"]
     legend = "".join(f'<li class="step{step}">{escape(label)}</li>' for step, label in enumerate(labels))
-    sections = [_section(prompt, prediction.get("samples") or [prediction]) for prompt, prediction in results]
+    sections = [_section(prompt, samples_of(prediction)) for prompt, prediction in results]
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(legend=legend, results="\n".join(sections))
 
 

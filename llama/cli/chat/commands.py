@@ -30,7 +30,7 @@ class Turn:
     """
 
     prompt_tokens: int
-    made_tokens: int
+    completion_tokens: int
     computed_tokens: int
     time_to_first_token: float | None
     time: float
@@ -190,16 +190,16 @@ _NUMBERS = ("tokens in", "tokens out", "computed of these", "first token (s)", "
 
 
 def _column(heading: str, turns: list[Turn]) -> list[str]:
-    made, seconds = sum(turn.made_tokens for turn in turns), sum(turn.time for turn in turns)
+    tokens, seconds = sum(turn.completion_tokens for turn in turns), sum(turn.time for turn in turns)
     first = [turn.time_to_first_token for turn in turns if turn.time_to_first_token is not None]
     steps, drafted, accepted = (sum(column) for column in zip(*(astuple(turn.drafts) for turn in turns), strict=True))
     return [
         heading,
         str(sum(turn.prompt_tokens for turn in turns)),
-        str(made),
+        str(tokens),
         str(sum(turn.computed_tokens for turn in turns)),
         f"{sum(first) / len(first):.2f}" if first else "-",
-        f"{made / seconds:.1f}" if seconds else "-",
+        f"{tokens / seconds:.1f}" if seconds else "-",
         str(drafted),
         str(accepted),
         f"{Counts(steps, drafted, accepted).tokens_per_step:.2f}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llama.batch.lines import read_dialogs
-from llama.chat import SPECIAL_TAGS, ChatFormat, Message, check_dialog
+from llama.chat import ChatFormat, Message, check_dialog
 from llama.errors import PromptError
 
 Ask = Callable[[str], bool]  # puts a question to the user; whether the answer is yes
@@ -49,7 +49,7 @@ def check_text(text: str, name: str, chat: ChatFormat) -> None:
     except UnicodeEncodeError:
         raise PromptError(f"{name} holds bytes that are not UTF-8 text: remove them") from None
     if chat.refuses([{"role": "user", "content": text}]):
-        raise PromptError(f"{name} holds a special tag ({', '.join(SPECIAL_TAGS)}), which no dialog may: remove it")
+        raise PromptError(f"{name} holds a special tag of the chat format, which no dialog may: remove it")
 
 
 def make_room(conversation: Conversation, text: str, chat: ChatFormat, max_seq_len: int, ask: Ask) -> bool:

@@ -17,6 +17,7 @@ from llama.cli.output import has_colour
 from llama.cli.token_view import coloured
 from llama.errors import LlamaError, PeerError
 from llama.gate import to_stderr
+from llama.predictions import completion_tokens, samples_of
 from llama.request import Counts, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _turn(session: _Session, text: str) -> bool:
     talk.turns.append(
         Turn(
             prompt_tokens=len(prompt.tokens),
-            made_tokens=_made(result) if result else len(llama.tokenizer.encode(answer.text, bos=False, eos=False)),
+            completion_tokens=completion_tokens(result) if result else _tokens(llama, answer.text),
             computed_tokens=llama.engine.computed_tokens - computed,
             time_to_first_token=result["time_to_first_token"] if result else answer.first,
             time=time.perf_counter() - answer.started,
@@ -207,7 +208,7 @@ def _show_more(result: "ChatPrediction | None", params: SamplingParams) -> None:
     if result and params.top_logprobs:
         print(coloured(result, colour=has_colour()), flush=True)
     elif result:
-        for number, sample in enumerate(result.get("samples", [])[1:], 2):
+        for number, sample in enumerate(samples_of(result)[1:], 2):
             write(f"--- sample {number}, which the talk does not keep\n{sample['generation']['content']}\n")
 
 
@@ -228,5 +229,5 @@ def _fills_context(result: "ChatPrediction", talk: Talk) -> bool:
     return result["finish_reason"] == "length" and used >= talk.max_seq_len
 
 
-def _made(result: "ChatPrediction") -> int:
-    return sum(sample["completion_tokens"] for sample in result.get("samples", [result]))
+def _tokens(llama: "Llama", text: str) -> int:
+    return len(llama.tokenizer.encode(text, bos=False, eos=False))
