@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama import Llama, SamplingParams, Tokenizer
-from llama.batch.lines import read_line, result_line
+from llama.batch.lines import read_line
+from llama.batch.records import result_line
 from llama.cli import commands
 from llama.errors import ParameterError, PromptError
 from llama.infilling import Infilling, at_mark, infilling_prompt

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama.batch.lines import is_failure, line_number
+from llama.batch.records import is_failure, line_number
 from llama.errors import ParameterError
 
 COPIED = 1 << 20  # bytes at once

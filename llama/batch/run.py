@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from llama import log, parallel
 from llama.batch.identity import check_same, read_identity, write_identity
 from llama.batch.input import drop_input_copy, measure, settle_input
-from llama.batch.lines import Format, Line, error_line, numbered_lines, read_line, repeated_id, result_line
+from llama.batch.lines import Format, Line, numbered_lines, read_line, repeated_id
+from llama.batch.records import error_line, result_line
 from llama.batch.replicas import Replicas
 from llama.batch.results import LineSet, ResultFile, check_parts, has_parts, join_parts, part, sort_by_line
 from llama.chat import Llama2Chat

@@ -9,17 +9,8 @@ from conftest import DEMO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama.batch.lines import (
-    SAMPLING_FIELDS,
-    Line,
-    choose_format,
-    error_line,
-    is_failure,
-    line_number,
-    numbered_lines,
-    read_line,
-    result_line,
-)
+from llama.batch.lines import SAMPLING_FIELDS, Line, choose_format, numbered_lines, read_line
+from llama.batch.records import error_line, is_failure, line_number, result_line
 from llama.errors import LlamaError, ParameterError
 from llama.request import SamplingParams
 from llama.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama import Llama
-from llama.batch.lines import Line, line_number, read_line, result_line
+from llama.batch.lines import Line, read_line
+from llama.batch.records import line_number, result_line
 from llama.output import Output
 from llama.request import Request, SamplingParams
 
