@@ -3,13 +3,11 @@
 python kernels.py [--outputs 11008 --inputs 4096]
 """
 
-import statistics
-import time
 from collections.abc import Callable
 
 import fire
 import torch
-from report import header, table
+from report import header, median_seconds, table
 
 from llama.kernels.quantized import can_pack, pack, packed_product, quantize
 from llama.model.linear import product
@@ -17,14 +15,7 @@ from llama.model.linear import product
 
 def seconds(run: Callable[[int], object], copies: int, repeats: int) -> float:
     """The median time of a call; each call takes the next of `copies` matrices, so that no cache holds one."""
-    for copy in range(copies):
-        run(copy)
-    times = []
-    for repeat in range(repeats):
-        begun = time.perf_counter()
-        run(repeat % copies)
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+    return median_seconds(lambda number: run(number % copies), repeats, copies)
 
 
 @torch.inference_mode()

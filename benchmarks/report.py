@@ -4,6 +4,9 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -35,6 +38,16 @@ def cpu() -> str:
     known = ("avx2", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
     has = [name for name in known if name in facts.get("flags", "").split()]
     return f"{facts.get('model name', platform.machine())} ({', '.join(has) or 'no vector extensions listed'})"
+
+
+def median_seconds(run: Callable[[int], object], repeats: int, warm_up: int) -> float:
+    """The median time of a call, after some that do not count; each is given its number."""
+    times = []
+    for number in range(warm_up + repeats):
+        begun = time.perf_counter()
+        run(number)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[warm_up:])
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

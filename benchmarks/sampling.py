@@ -3,13 +3,9 @@
 python sampling.py [--vocab 32000]
 """
 
-import statistics
-import time
-from collections.abc import Callable
-
 import fire
 import torch
-from report import header, table
+from report import header, median_seconds, table
 
 from llama.engine.sampling import sample, sample_all
 
@@ -19,16 +15,6 @@ FILTERS = {  # temperature, top_p, min_p, top_k
     "temperature 0.8, top_k 40, top_p 0.95": (0.8, 0.95, 0.0, 40),
     "temperature 1.5, min_p 0.05": (1.5, 1.0, 0.05, 0),
 }
-
-
-def seconds(run: Callable[[], object], repeats: int = 50) -> float:
-    """The median time of a call."""
-    times = []
-    for _ in range(repeats + 5):
-        begun = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[5:])
 
 
 @torch.inference_mode()
@@ -43,7 +29,10 @@ def main(vocab: int = 32000) -> None:
             numbers = torch.tensor([[temperature] * n, [top_p] * n, [min_p] * n, noise])
             top_k = torch.full((n,), k)
             assert sample(logits, numbers, top_k).equal(sample_all(logits, numbers, top_k))
-            own, sorted_ = (seconds(lambda f=f, a=(logits, numbers, top_k): f(*a)) * 1e6 for f in (sample, sample_all))
+            own, sorted_ = (
+                median_seconds(lambda _, f=f, a=(logits, numbers, top_k): f(*a), 50, 5) * 1e6
+                for f in (sample, sample_all)
+            )
             rows.append([str(n), name, f"{own:.0f}", f"{sorted_:.0f}", f"{sorted_ / own:.1f}"])
     print(header())
     print(f"{vocab} tokens, {torch.get_num_threads()} threads, medians of 50\n")

@@ -1,7 +1,6 @@
-"""When Ctrl-C may raise KeyboardInterrupt: not where that would leave half done what other threads wait for.
+"""When Ctrl-C may raise KeyboardInterrupt: not in the middle of work that other threads wait for.
 
-Python raises it in the main thread, between any two of its instructions. In every other thread nothing here does
-anything.
+Python raises it in the main thread, between any two instructions. So nothing here has an effect in other threads.
 """
 
 import signal
@@ -18,7 +17,7 @@ Handler = Callable[[int, FrameType | None], Any]
 
 @dataclass(slots=True)
 class _Main:
-    """The main thread's: whether Ctrl-C waits, those that do, and who handles it."""
+    """The main thread's state: whether Ctrl-C waits now, the ones that wait, and who handles them."""
 
     waits: bool = False
     late: deque[FrameType | None] = field(default_factory=deque)

@@ -1,15 +1,15 @@
-"""Calls of any number of threads, side by side in one engine: whoever waits for its outputs takes the next step.
+"""Calls of any number of threads run side by side in one engine. A thread that waits for its outputs takes the steps.
 
-There is no thread that steps: its OpenMP pool beside the caller's would slow both. One turn is taken at a time: what
-was posted meanwhile (requests to add, to end) is done to the engine, then a step is computed, and calls get their news.
-The others sleep. Whoever ends a turn takes the next one or wakes a sleeper, so nobody sleeps while the turn is free.
+There is no thread of ours: its OpenMP pool would compete with the caller's. One thread at a time has the turn. It does
+what other threads posted (requests to add, requests to end), computes one step, and tells each call what changed. The
+other threads sleep. The thread that ends its turn takes the next one, or wakes a sleeper to take it.
 
-Nothing is held between turns, nor while a caller has what it waited for. So a stream that nobody reads stalls nobody,
-a callback may call the model, and what is closed by a finalizer, in the middle of anything, is posted.
+No lock is held between turns, nor while a caller reads its outputs. So a stream that nobody reads stops nobody, a
+callback may call the model, and a finalizer may close a call at any moment: closing only posts.
 
-What an exception hits: a step's own (out of memory, say) the call that took it, which ends; the next turn plans anew.
-Ctrl-C waits where it would hurt the others. If it strikes while a call is being closed, its requests may run on to
-their end, unread.
+An exception in a step (out of memory, say) ends the call whose thread took the step; the next turn plans a new step.
+Ctrl-C waits where it would hurt other calls. If it strikes while a call is being closed, the call's requests may run
+to their end, unread.
 """
 
 import threading

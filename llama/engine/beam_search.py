@@ -1,7 +1,7 @@
-"""Beam search: the most probable completion that keeping the `num_beams` best beginnings can find.
+"""Beam search: it keeps the `num_beams` most probable beginnings, and returns the best completion among them.
 
-It decides as Hugging Face transformers' does with early_stopping=False: a beam that ends among the best num_beams
-scores log p / length ** length_penalty, and the search ends when no running beam can beat the worst kept ending.
+The rules are those of Hugging Face transformers with early_stopping=False. A beam that ends among the best num_beams
+scores log p / length ** length_penalty. The search ends when no running beam can beat the worst ending that it keeps.
 """
 
 import math
@@ -21,7 +21,7 @@ from llama.request import Request
 
 @dataclass(frozen=True, slots=True)
 class Beam:
-    """A beginning: its tokens after the prompt, their log-probability, and the slot with all but the last."""
+    """A beginning: its tokens after the prompt, their log-probability, and the cache slot that has all but the last."""
 
     tokens: list[int] = field(default_factory=list)
     score: float = 0.0
