@@ -56,7 +56,7 @@ def save(folder: Path, params: dict, weights: dict[str, Tensor], shards: int = 1
         part = {}
         for name, tensor in weights.items():
             axis = SPLIT.get(name.split(".")[-2])
-            part[name] = tensor if axis is None else tensor.chunk(shards, axis)[number].clone()
+            part[name] = tensor if axis is None or axis >= tensor.dim() else tensor.chunk(shards, axis)[number].clone()
         torch.save(part, folder / f"consolidated.{number:02d}.pth")
     return folder
 
