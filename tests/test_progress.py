@@ -24,7 +24,7 @@ def test_lines_come_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch
     shown = Progress(110, 10)
     for done, seconds in ((11, 1), (20, 9), (21, 10), (60, 25)):
         now[0] = 100.0 + seconds
-        shown.show(done, read=1000 * seconds, made=50 * seconds)
+        shown.show(done, prompt_tokens=1000 * seconds, completion_tokens=50 * seconds)
     shown.close()
     assert capsys.readouterr().err.splitlines() == [
         "llama: 20 of 110 requests, 1000 tokens/s in, 50 out, 0:01:21 left",
@@ -36,7 +36,7 @@ def test_a_total_that_nobody_knows_is_not_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress.time, "monotonic", iter((0.0, 10.0)).__next__)
-    Progress(None, 0).show(20, read=1000, made=50)
+    Progress(None, 0).show(20, prompt_tokens=1000, completion_tokens=50)
     assert capsys.readouterr().err == "llama: 20 requests, 100 tokens/s in, 5 out\n"
 
 
