@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama.engine import sampling
 from llama.kernels import dispatch, ops, quantized
-from llama.model import attention, flash_attention
+from llama.model import attention, flash_attention, forward
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 HALF = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.cuda)]
@@ -62,6 +62,7 @@ def emulate_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention_forward)
     for module in (flash_attention, attention):
         monkeypatch.setattr(module, "flash_kernel_reads", lambda keys: True)
+    monkeypatch.setattr(forward, "can_fuse_on_cpu", lambda rows, model, cache: False)
 
 
 @pytest.fixture(scope="session")

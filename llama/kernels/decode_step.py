@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from llama.kernels.dispatch import cpu_library
-from llama.kernels.library import DTYPE_CODES, FORMAT_CODES, variant
+from llama.kernels.library import DTYPE_CODES, FORMAT_CODES, STORED_CODES, variant
 from llama.kernels.ops import CPU_MAX_HEAD_DIM
+from llama.kernels.plain import can_multiply, most_rows
 from llama.kernels.quantized import is_packed
 
 MOST_ROWS = 16  # of a step: with more, calls take little of its time
@@ -49,8 +50,8 @@ class DecodeStep:
         self._shape = Shape(
             dim=args.dim, hidden=args.hidden_dim, vocab=args.vocab_size, n_heads=args.n_heads,
             n_kv_heads=args.kv_heads, head_dim=args.head_dim, max_seq_len=cache.max_seq_len, slots=cache.slots,
-            eps=args.norm_eps, dtype=DTYPE_CODES[model.dtype], format=FORMAT_CODES[wo.weight.dtype],
-            output_format=FORMAT_CODES[model.output.weight.dtype], variant=variant(),
+            eps=args.norm_eps, dtype=DTYPE_CODES[model.dtype], format=_code(wo.weight),
+            output_format=_code(model.output.weight), variant=variant(),
         )  # fmt: skip
 
     def is_of(self, freqs_cis: Tensor, cache: Any) -> bool:
@@ -76,11 +77,9 @@ class DecodeStep:
 
 
 def can_fuse_on_cpu(rows: int, model: Any, cache: Any) -> bool:
-    """Whether `DecodeStep` can compute a step of so many rows: where the matrices are packed for our kernels."""
-    keys = cache.keys[0]
-    if model.params.has_bias or not (
-        is_packed(model.output.weight) and is_packed(model.layers[-1].attention.wo.weight)
-    ):
+    """Whether `DecodeStep` can compute a step of so many rows: where our kernels read the matrices."""
+    keys, matrices = cache.keys[0], (model.output.weight, model.layers[-1].attention.wo.weight)
+    if model.params.has_bias or not all(is_packed(w) or can_multiply(w, model.dtype, rows) for w in matrices):
         return False
     return rows <= MOST_ROWS and bool(keys.dtype == model.dtype) and keys.shape[-1] <= CPU_MAX_HEAD_DIM
 
@@ -88,9 +87,15 @@ def can_fuse_on_cpu(rows: int, model: Any, cache: Any) -> bool:
 def rows_alike(model: Any) -> int:
     """How many rows a step may have of which each is computed as if it were alone, as far as our kernels compute it."""
     library = cpu_library(model.norm.weight)
-    if library is None or not is_packed(model.output.weight):
+    if library is None:
         return MOST_ROWS
+    if not is_packed(model.output.weight):
+        return most_rows()
     return min(MOST_ROWS, int(library.llama_most_rows(DTYPE_CODES[model.dtype], variant())))
+
+
+def _code(weight: Tensor) -> int:
+    return FORMAT_CODES[weight.dtype] if is_packed(weight) else STORED_CODES[weight.dtype]
 
 
 def _pointers(linear: Any) -> tuple[int, int]:

@@ -12,15 +12,16 @@
 #define X86 1
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c")))
 #define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")))
 #else
 #define X86 0
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { PORTABLE, USES_AVX2, USES_AVX512, USES_AMX };
-enum { FLOAT32, BFLOAT16 };
-enum { INT8, INT4, PLAIN };
+enum { PORTABLE, USES_AVX2, USES_AVX512, USES_AVX512_BF16, USES_AMX };
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { INT8, INT4, PLAIN, AS_STORED }; /* PLAIN: packed numbers of bfloat16; AS_STORED + a dtype: see plain.c */
 enum { GROUP = 32, BLOCK_ROWS = 16 }; /* inputs that share a scale; rows of a block of packed weights: see quantized.c */
 enum { MAX_HEAD_DIM = 256 };            /* of attention: its buffers have a fixed size; ops.py has the same number */
 
@@ -97,6 +98,11 @@ int64_t llama_workspace(int64_t n, int64_t inputs, int dtype, int format, int va
 void llama_product(
     const void *x, const uint8_t *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
     int64_t outputs, int dtype, int format, int variant, int threads
+);
+int64_t llama_plain_workspace(int64_t n, int64_t inputs, int dtype, int stored, int variant);
+void llama_plain_product(
+    const void *x, const uint8_t *w, void *y, uint8_t *workspace, int64_t n, int64_t inputs, int64_t outputs, int dtype,
+    int stored, int variant, int threads
 );
 int64_t llama_tiles_workspace(int64_t n, int64_t inputs, int threads);
 void llama_tiles_product(

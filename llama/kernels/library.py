@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-VARIANTS = ("portable", "avx2", "avx512", "amx")
+VARIANTS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # kernels.h's FLOAT32, BFLOAT16
-FORMAT_CODES = {torch.int8: 0, torch.uint8: 1, torch.bfloat16: 2}  # of weights: kernels.h's INT8, INT4, PLAIN
+FORMAT_CODES = {torch.int8: 0, torch.uint8: 1, torch.bfloat16: 2}  # of packed weights: kernels.h's INT8, INT4, PLAIN
+STORED_CODES = {torch.float32: 3, torch.bfloat16: 4, torch.float16: 5}  # of weights as they are stored: AS_STORED + …
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "llama_variant": [],

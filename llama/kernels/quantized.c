@@ -272,8 +272,8 @@ int llama_variant(void) {
     int vectors = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (vectors && __builtin_cpu_supports("avx512vnni")) {
-        int tiles = has_amx() && __builtin_cpu_supports("avx512bf16");
-        return tiles && may_use_tiles() ? USES_AMX : USES_AVX512;
+        if (!__builtin_cpu_supports("avx512bf16")) return USES_AVX512;
+        return has_amx() && may_use_tiles() ? USES_AMX : USES_AVX512_BF16;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return USES_AVX2;
 #endif
@@ -336,16 +336,21 @@ int64_t llama_most_rows(int dtype, int variant) {
 
 /* Bytes of the workspace that a product of n rows needs. */
 int64_t llama_workspace(int64_t n, int64_t inputs, int dtype, int format, int variant, int threads) {
+    if (format >= AS_STORED) return llama_plain_workspace(n, inputs, dtype, format - AS_STORED, variant);
     if (uses_tiles(n, dtype, format, variant)) return llama_tiles_workspace(n, inputs, threads);
     return n * (inputs + inputs / GROUP * (int64_t)(sizeof(float) + sizeof(int32_t))) + 64;
 }
 
-/* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, W packed; x and y of `dtype`, inputs a multiple of GROUP.
-   bfloat16 weights are for USES_AMX only, with x of bfloat16. */
+/* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, x and y of `dtype`; W packed, with inputs a multiple of GROUP, or
+   as it is stored. Packed bfloat16 weights are for USES_AMX only, with x of bfloat16. */
 void llama_product(
     const void *x, const uint8_t *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
     int64_t outputs, int dtype, int format, int variant, int threads
 ) {
+    if (format >= AS_STORED) {
+        llama_plain_product(x, w, y, workspace, n, inputs, outputs, dtype, format - AS_STORED, variant, threads);
+        return;
+    }
     if (uses_tiles(n, dtype, format, variant)) {
         llama_tiles_product(x, w, scales, y, workspace, n, inputs, outputs, format, threads);
         return;
@@ -354,7 +359,7 @@ void llama_product(
     int64_t groups = inputs / GROUP, blocks = (outputs + BLOCK_ROWS - 1) / BLOCK_ROWS;
     int64_t share = (blocks + threads - 1) / threads;
     Rows rows = {inputs, groups, x, (int8_t *)at, (float *)(at + n * inputs), (int32_t *)(at + n * (inputs + groups * 4))};
-    if (variant == USES_AMX) variant = USES_AVX512;
+    if (variant > USES_AVX512) variant = USES_AVX512;
     if (n < 4 && format != PLAIN) /* one thread is faster than waking the others */
         for (int64_t row = 0; row < n; row++) prepare(x, dtype, row, &rows, variant, format);
 #pragma omp parallel num_threads(threads) if (threads > 1)

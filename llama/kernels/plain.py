@@ -1,0 +1,35 @@
+"""Products of few rows with weights as they are stored, on a CPU: see plain.c."""
+
+import torch
+from torch import Tensor
+
+from llama.kernels.dispatch import cpu_library
+from llama.kernels.library import DTYPE_CODES, STORED_CODES, VARIANTS, variant
+
+
+def most_rows() -> int:
+    """How many rows our kernels multiply at once: for more, PyTorch's products are faster."""
+    return 4 if VARIANTS[variant()] == "portable" else 16
+
+
+def can_multiply(weight: Tensor, dtype: torch.dtype, rows: int) -> bool:
+    """Whether our kernels multiply these weights (R, C) with so many rows of `dtype`."""
+    if weight.dim() != 2 or cpu_library(torch.empty(0, dtype=dtype, device=weight.device)) is None:
+        return False
+    known = weight.dtype == dtype or (dtype == torch.float32 and weight.dtype in STORED_CODES)
+    return known and rows <= most_rows()
+
+
+def plain_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, C) · W (R, C)ᵀ → (N, R), where `can_multiply` says so."""
+    library = cpu_library(x)
+    assert library is not None and weight.is_contiguous()
+    x, (n, inputs) = x.contiguous(), x.shape
+    y = torch.empty((n, len(weight)), dtype=x.dtype)
+    dtype, code, threads = DTYPE_CODES[x.dtype], STORED_CODES[weight.dtype], torch.get_num_threads()
+    workspace = torch.empty(library.llama_workspace(n, inputs, dtype, code, variant(), threads), dtype=torch.uint8)
+    library.llama_product(
+        x.data_ptr(), weight.data_ptr(), 0, y.data_ptr(), workspace.data_ptr(), n, inputs, len(weight), dtype, code,
+        variant(), threads,
+    )  # fmt: skip
+    return y
