@@ -92,7 +92,8 @@ def chosen(model: Transformer, options: RunOptions) -> str:
     mp, world = parallel.model_parallel_size(), parallel.world_size()
     split = f"split over {mp} processes" if mp > 1 else "1 process"
     replicas = f" × {world // mp} replicas" if world > mp else ""
-    bits = f"{model.weight_format} weights, " if model.weight_format else ""
+    held = model.weight_format or str(model.output.weight.dtype).removeprefix("torch.")
+    bits = f"{held} weights, " if held != str(model.dtype).removeprefix("torch.") else ""
     cache = f", cache in {model.kv_dtype}" if model.kv_dtype else ""
     drafts = f", speculate={options.speculate}" if options.speculate else ""
     return (

@@ -11,6 +11,7 @@ from llama.checkpoint.layout import expected_shapes, process_counts
 from llama.checkpoint.source import checkpoint_dtype, open_checked
 from llama.device import choose_dtype
 from llama.gate import one_line
+from llama.kernels.plain import held_dtype
 from llama.model.args import ModelArgs
 from llama.options import check_sizes
 from llama.wording import either, in_units
@@ -111,7 +112,8 @@ def _on(
     free, dtype, step = memory.free_bytes(device), choose_dtype(stored, device), memory.step_tokens(device)
 
     def need(processes: int) -> memory.Need:
-        return memory.need(args, dtype, processes, step, weight_format=args.quantize)
+        held = held_dtype(stored, dtype, device)
+        return memory.need(args, dtype, processes, step, weight_format=args.quantize, held=held)
 
     needed = need(1)
     enough = (processes for processes in process_counts(args) if need(processes).room(free) >= max_seq_len)

@@ -132,12 +132,16 @@ def shard_shape(name: str, whole: tuple[int, ...], shards: int) -> tuple[int, ..
     return tuple(length // shards if i == axis else length for i, length in enumerate(whole))
 
 
-def weight_bytes(args: ModelArgs, weight_format: str | None, dtype: torch.dtype, processes: int) -> int:
-    """The bytes of one process's part of all parameters: quantised as `weight_format`, or in `dtype`."""
+def weight_bytes(
+    args: ModelArgs, weight_format: str | None, dtype: torch.dtype, held: torch.dtype, processes: int
+) -> int:  # fmt: skip
+    """The bytes of one process's part of all parameters: matrices quantised as `weight_format` or `held` in a dtype of
+    their own, the others in `dtype`."""
     total = 0
     for name, whole in expected_shapes(args).items():
         count, own_format = math.prod(shard_shape(name, whole, processes)), format_of(name, weight_format)
-        total += FORMATS[own_format].nbytes(count) if own_format else count * dtype.itemsize
+        own_dtype = held if format_of(name, "int8") else dtype
+        total += FORMATS[own_format].nbytes(count) if own_format else count * own_dtype.itemsize
     return total
 
 

@@ -24,6 +24,7 @@ from llama.checkpoint.layout import (
 from llama.checkpoint.source import Source, checkpoint_dtype, read_slice
 from llama.device import choose_dtype
 from llama.errors import CheckpointError
+from llama.kernels.plain import held_dtype
 from llama.kernels.quantized import BLOCK_ROWS, can_pack, pack, pack_rows, pack_scales, quantize
 from llama.model.args import ModelArgs
 from llama.model.transformer import Transformer
@@ -45,14 +46,16 @@ def load(
     processes = model_parallel_size()
     check_split(args, source.shards, processes)
     check_groups(expected_shapes(args), weight_format, processes)
-    dtype = dtype or choose_dtype(checkpoint_dtype(source), device)
+    stored, asked = checkpoint_dtype(source), dtype
+    dtype = asked or choose_dtype(stored, device)
+    held = dtype if asked or options.compile else held_dtype(stored, dtype, device)
     needed = memory.need(
         args, dtype, processes, memory.step_tokens(device, options.max_step_tokens),
-        weight_format=weight_format, kv_dtype=options.kv_dtype,
+        weight_format=weight_format, kv_dtype=options.kv_dtype, held=held,
     )  # fmt: skip
     memory.check_fits(needed, memory.free_bytes(device), options.max_seq_len, options.max_batch_size, device)
     model = Transformer(args, weight_format=weight_format, kv_dtype=options.kv_dtype)
-    fill(model, source, device, dtype)
+    fill(model, source, device, dtype, held)
     return model.eval()
 
 
@@ -67,8 +70,11 @@ def _weight_format(source: Source, asked: str | None) -> str | None:
     return asked or stored
 
 
-def fill(model: Transformer, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every parameter of a model on the meta device this rank's slices of the source, converted on the way.
+def fill(
+    model: Transformer, source: Source, device: torch.device, dtype: torch.dtype, held: torch.dtype | None = None
+) -> None:
+    """Give every parameter of a model on the meta device this rank's slices of the source, converted to `dtype`, or
+    matrices to `held` where it is not None.
 
     What has been read of the source is let go. Matrices of a quantised model are quantised one by one, unless they are
     stored so. Matrices that our kernels read are packed.
@@ -76,7 +82,7 @@ def fill(model: Transformer, source: Source, device: torch.device, dtype: torch.
     reader = _Reader(source, model_parallel_size(), model_parallel_rank(), device)
     # What a tensor needs beside itself is then gone before all is there.
     largest_first = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
-    shared = _shared(model, source, device, dtype)
+    shared = {} if held not in (None, dtype) else _shared(model, source, device, dtype)
     sizes = {name: reader.sizes(stored_names(name)) for name, _ in largest_first if name not in shared}
     doing = "loading" if source.args.quantize == model.weight_format else f"loading as {model.weight_format}"
     count, of = 0, sum(map(len, sizes.values()))
@@ -85,7 +91,7 @@ def fill(model: Transformer, source: Source, device: torch.device, dtype: torch.
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             if leaf == "weight" and hasattr(module, "scales"):
-                weight, scales = _matrix(reader, stored_names(name), dtype, model.weight_format)
+                weight, scales = _matrix(reader, stored_names(name), dtype, held or dtype, model.weight_format)
                 if scales is not None:
                     module.scales = scales
             else:
@@ -108,22 +114,22 @@ def _shared(model: Transformer, source: Source, device: torch.device, dtype: tor
 
 
 def _matrix(
-    reader: "_Reader", names: Sequence[str], dtype: torch.dtype, weight_format: str | None
+    reader: "_Reader", names: Sequence[str], dtype: torch.dtype, held: torch.dtype, weight_format: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """A matrix of a model in `dtype`, and its scales: quantised, unless it is stored so already; packed for a CPU."""
     own_format = format_of(names[0], weight_format)
     if own_format and not reader.source.args.quantize:
         weight, scales = quantize(reader.joined(names, checkpoint_dtype(reader.source)), own_format)
         return pack(weight, scales) if can_pack(weight, dtype) else (weight, scales)
-    return _stored_matrix(reader, names, dtype, own_format)
+    return _stored_matrix(reader, names, dtype, held, own_format)
 
 
 def _stored_matrix(
-    reader: "_Reader", names: Sequence[str], dtype: torch.dtype, own_format: str | None
+    reader: "_Reader", names: Sequence[str], dtype: torch.dtype, held: torch.dtype, own_format: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """The same where the files have it in the format that is wanted: where it can be, packed straight from them."""
     scales = reader.joined(list(map(scales_of, names)), SCALE_DTYPE) if own_format else None
-    own_dtype = integer_dtype(own_format) if own_format else dtype
+    own_dtype = integer_dtype(own_format) if own_format else held
     rows = reader.whole_rows(names, own_dtype)
     if rows and reader.device.type == "cpu" and can_pack(rows[0], dtype):
         weight = pack_rows(rows)

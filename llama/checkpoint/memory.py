@@ -37,10 +37,13 @@ def step_tokens(device: torch.device, asked: int | None = None) -> int:
 
 def need(
     args: ModelArgs, dtype: torch.dtype, processes: int, max_step_tokens: int,
-    *, weight_format: str | None = None, kv_dtype: str | None = None,
+    *, weight_format: str | None = None, kv_dtype: str | None = None, held: torch.dtype | None = None,
 ) -> Need:  # fmt: skip
-    """What one of `processes` processes needs for its weights, one cached token, and a step of `max_step_tokens`."""
-    weights = weight_bytes(args, weight_format, dtype, processes)
+    """What one of `processes` processes needs for its weights, one cached token, and a step of `max_step_tokens`.
+
+    `held`: the dtype of its matrices, where it is another one.
+    """
+    weights = weight_bytes(args, weight_format, dtype, held or dtype, processes)
     cached = 2 * args.n_layers * (args.kv_heads // processes) * args.head_dim
     activations = max_step_tokens * (8 * args.dim + 3 * args.hidden_dim // processes) * 4
     logits = 3 * max_step_tokens * args.vocab_size * 4

@@ -2,9 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from llama.kernels.dispatch import cpu_library
 from llama.kernels.library import DTYPE_CODES, STORED_CODES, VARIANTS, variant
+
+WIDENED_AT_ONCE = 1 << 22  # weights, 16 MB in float32
 
 
 def most_rows() -> int:
@@ -18,6 +21,20 @@ def can_multiply(weight: Tensor, dtype: torch.dtype, rows: int) -> bool:
         return False
     known = weight.dtype == dtype or (dtype == torch.float32 and weight.dtype in STORED_CODES)
     return known and rows <= most_rows()
+
+
+def held_dtype(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which matrices are held for rows of `dtype`: 16 bits that are stored stay, where our kernels read
+    them beside float32."""
+    if device.type != "cpu" or stored.itemsize >= dtype.itemsize:
+        return dtype
+    return stored if can_multiply(torch.empty((0, 1), dtype=stored), dtype, 1) else dtype
+
+
+def widened_product(x: Tensor, weight: Tensor) -> Tensor:
+    """The same for any number of rows, by PyTorch, with some of the weights in x's dtype at a time."""
+    parts = torch.split(weight, max(1, WIDENED_AT_ONCE // weight.shape[1]))
+    return torch.cat([linear(x, part.to(x.dtype)) for part in parts], 1)
 
 
 def plain_product(x: Tensor, weight: Tensor) -> Tensor:

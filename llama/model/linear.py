@@ -11,7 +11,7 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from llama.kernels.plain import can_multiply, plain_product
+from llama.kernels.plain import can_multiply, plain_product, widened_product
 from llama.kernels.quantized import is_packed, packed_product
 from llama.parallel import model_parallel_size
 
@@ -26,6 +26,8 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> T
         return packed_product(x, weight, scales, outputs)
     if can_multiply(weight, x.dtype, x.shape[0]):
         return plain_product(x, weight)
+    if weight.dtype != x.dtype:
+        return widened_product(x, weight)
     if x.device.type == "cpu" and x.dtype != torch.float32 and x.shape[0] <= FEW_ROWS:
         if x.shape[0] == 1:
             return torch.mv(weight, x[0])[None]

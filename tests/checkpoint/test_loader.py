@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import SMALL, SPLIT, random_weights, save, unpacked
 from conftest import DEMO
+from near_ties import logits_of
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
@@ -25,6 +26,7 @@ from llama.checkpoint.loader import load
 from llama.checkpoint.meta_folder import MetaFolder
 from llama.device import choose_dtype
 from llama.errors import CheckpointError, DeviceError, TokenizerError
+from llama.kernels import library, plain
 from llama.model import linear as linear_file
 from llama.model import transformer as model_file
 from llama.options import RunOptions
@@ -137,7 +139,10 @@ def test_weights_keep_their_dtype_or_are_converted(
     model = load_folder(save(tmp_path, SMALL, weights, 2), wanted)
     dtype = wanted or choose_dtype(stored, CPU)
     assert model.dtype == dtype and dtype in (stored, wanted, torch.float32)
-    assert_same(model, expected_parameters({name: tensor.to(dtype) for name, tensor in weights.items()}, 1, 0))
+    held = dtype if wanted else loader.held_dtype(stored, dtype, CPU)
+    dtypes = {name: held if re.search(r"\.w[qkvo123]\.|output", name) else dtype for name in weights}
+    assert dtypes["layers.0.attention.wq.weight"] == held and dtypes["layers.0.ffn_norm.weight"] == dtype
+    assert_same(model, expected_parameters({name: tensor.to(dtypes[name]) for name, tensor in weights.items()}, 1, 0))
 
 
 # ---------------------------------------------------------------------------------------- what does not fit params
@@ -616,3 +621,41 @@ def test_build_leaves_no_trace_in_the_process(build: Callable[..., Llama]) -> No
     before = state()
     build(dtype="bfloat16", seed=7).generate([[1, 5]], 2)
     assert state() == before
+
+
+# ------------------------------------------------------------------------------------- 16 bits beside float32
+
+
+@pytest.fixture
+def halves(tmp_path: Path, small: dict, weights: dict[str, torch.Tensor]) -> Path:
+    """The small model in float16, as many people's files of Llama-2 are."""
+    return save(tmp_path / "half", small, {name: tensor.half() for name, tensor in weights.items()})
+
+
+@pytest.mark.skipif(library.load()[0] is None, reason="there are no kernels for it")
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_matrices_keep_their_16_bits_beside_float32(
+    build: Callable[..., Llama], small: dict, weights: dict[str, torch.Tensor], tmp_path: Path, stored: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """Where the processor cannot multiply in them: half of the memory, and the results of float32."""
+    folder = save(tmp_path / "half", small, {name: tensor.to(stored) for name, tensor in weights.items()})
+    monkeypatch.setattr(loader, "choose_dtype", lambda stored, device: torch.float32)
+    llama, whole = build(folder), build(folder, dtype="float32")
+    assert f"{str(stored)[6:]} weights, float32 on cpu" in capsys.readouterr().err
+    assert llama.model.dtype == torch.float32 == whole.model.output.weight.dtype
+    assert {llama.model.output.weight.dtype, llama.model.layers[0].attention.wqkv.weight.dtype} == {stored}
+    held = sum(parameter.nbytes for parameter in llama.model.parameters())
+    needed = memory.need(llama.model.params, torch.float32, 1, 512, held=stored)
+    assert held == needed.weights < 0.7 * sum(parameter.nbytes for parameter in whole.model.parameters())
+    tokens = torch.randint(3, 512, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    torch.testing.assert_close(logits_of(llama)(tokens), logits_of(whole)(tokens), atol=1e-4, rtol=0)
+    few = tokens[: plain.most_rows()]
+    assert logits_of(llama)(few).equal(logits_of(whole)(few))  # the same numbers in the same order
+
+
+def test_what_is_asked_for_is_held(build: Callable[..., Llama], halves: Path) -> None:
+    """float32 is float32 then, for matrices too; torch.compile has none of our kernels."""
+    assert build(halves, dtype="float32").model.output.weight.dtype == torch.float32
+    assert loader.held_dtype(torch.float16, torch.float16, torch.device("cpu")) == torch.float16
+    assert loader.held_dtype(torch.float32, torch.float32, torch.device("cpu")) == torch.float32
