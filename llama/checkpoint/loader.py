@@ -24,6 +24,7 @@ from llama.checkpoint.layout import (
 from llama.checkpoint.source import Source, checkpoint_dtype, read_slice
 from llama.device import choose_dtype
 from llama.errors import CheckpointError
+from llama.kernels.library import on_huge_pages
 from llama.kernels.plain import held_dtype
 from llama.kernels.quantized import BLOCK_ROWS, can_pack, pack, pack_rows, pack_scales, quantize
 from llama.model.args import ModelArgs
@@ -157,7 +158,8 @@ class _Reader:
     def joined(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:
         """The slices in one new tensor of `dtype`."""
         shapes = [self._shape(name) for name in names]
-        whole = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype, device=self.device)
+        size = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        whole = on_huge_pages(torch.empty(size, dtype=dtype, device=self.device))
         for name, part in zip(names, torch.split(whole, [shape[0] for shape in shapes]), strict=True):
             read_slice(part, self.source, name, self.processes, self.rank)
         return whole

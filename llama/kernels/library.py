@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 VARIANTS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # kernels.h's FLOAT32, BFLOAT16
@@ -75,3 +76,11 @@ def _variant() -> int:
     assert library is not None
     named, best = os.environ.get("LLAMA_KERNELS"), int(library.llama_variant())
     return min(VARIANTS.index(named), best) if named in VARIANTS else best
+
+
+def on_huge_pages(tensor: Tensor) -> Tensor:
+    """The same tensor, in which nothing has been written yet: on a CPU its memory will come in large pages."""
+    library = load()[0]
+    if library is not None and tensor.device.type == "cpu":
+        library.llama_use_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor

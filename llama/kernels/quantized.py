@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from llama.kernels.dispatch import cpu_library, gpu_kernels
-from llama.kernels.library import DTYPE_CODES, FORMAT_CODES, VARIANTS, load, variant
+from llama.kernels.library import DTYPE_CODES, FORMAT_CODES, VARIANTS, load, on_huge_pages, variant
 from llama.quantization.formats import FORMATS
 from llama.quantization.quantize import DEQUANTIZE, QUANTIZE
 
@@ -68,8 +68,7 @@ def pack_rows(parts: Sequence[Tensor]) -> Tensor:
     blocks, size = -(-sum(map(len, parts)) // BLOCK_ROWS), first.element_size()
     fours = GROUP * size // (8 if first.dtype == torch.uint8 else 4)
     groups = first.shape[1] * size // 4 // fours
-    packed = torch.empty((blocks, groups, fours, BLOCK_ROWS * 4 // size), dtype=first.dtype)
-    library.llama_use_huge_pages(packed.data_ptr(), packed.nbytes)
+    packed = on_huge_pages(torch.empty((blocks, groups, fours, BLOCK_ROWS * 4 // size), dtype=first.dtype))
     to = packed.data_ptr()
     for part in parts:
         assert part.is_contiguous() and part.shape[1] == first.shape[1]
