@@ -31,8 +31,8 @@ PAGE = (
     " did not. In the evenings people met in the park, listened to music, and talked about the news of the day. Today"
     " the old mills are museums, and visitors walk along the water and look at the boats. The river still rises in"
     " spring, but the walls are high now, and nobody is afraid of it any more. If you stand on the bridge at sunset,"
-    " you can see the towers of the church and hear the bells, as people have heard them for five hundred years. In winter"
-    " the square is quiet, and only the baker is awake before the sun."
+    " you can see the towers of the church and hear the bells, as people have heard them for five hundred years. In"
+    " winter the square is quiet, and only the baker is awake before the sun."
 )
 
 
