@@ -2,6 +2,7 @@
 
 python cpu.py
 python cpu.py --shapes 134M --runs 1 --only int8
+python cpu.py --variant avx2              # our kernels' lesser instructions; the peers have all that there are
 python cpu.py --shapes 7B --runs 1        # 50 GB of disk
 
 Each figure is the median over rounds; in a round every runner loads in a process of its own, in turns. Decode is the
@@ -11,6 +12,7 @@ made beforehand for every runner. The medians are drawn in cpu.png.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -95,6 +97,14 @@ def peak_megabytes() -> float:
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 
 
+def kernels() -> str:
+    """The variant of our kernels that runs."""
+    from llama.kernels.library import VARIANTS, load
+    from llama.kernels.library import variant as number
+
+    return VARIANTS[number()] if load()[0] else "none"
+
+
 def runners() -> list[tuple[str, str]]:
     """(Runner, precision) for all that is installed."""
     found = [("llama", precision) for precision in PRECISIONS]
@@ -113,10 +123,13 @@ def runners() -> list[tuple[str, str]]:
 
 def main(
     shapes: str = "134M,1.1B", runs: int = 3, dir: str = "/tmp/llama-benchmarks", only: str | None = None,
-    picture: str = str(Path(__file__).parent / "cpu.png"),
+    variant: str | None = None, picture: str = str(Path(__file__).parent / "cpu.png"),
 ) -> None:  # fmt: skip
     """Print figures, medians of `runs`, and ratios to the better peer; `only`: one precision. Draw `picture`."""
+    if variant:
+        os.environ["LLAMA_KERNELS"] = variant
     print(header())
+    print(f"kernels: {kernels()}")
     medians = {shape: measure(make_checkpoint(Path(dir), shape), shape, runs, only) for shape in shapes.split(",")}
     try:
         from chart import draw

@@ -12,7 +12,10 @@ from pathlib import Path
 import tomllib
 from check_install import NOT_COPIED, ROOT, pythons, run
 
-TESTS = [f"tests/test_{name}.py" for name in ("generation", "checkpoint", "cli", "sampling", "tokenizer", "progress")]
+TESTS = [
+    *(f"tests/test_{name}.py" for name in ("generation", "tokenizer", "progress", "infilling", "chat")),
+    "tests/checkpoint", "tests/text", "tests/cli/test_commands.py", "tests/engine/test_sampling.py",
+]  # fmt: skip
 
 
 def requirements() -> list[str]:
