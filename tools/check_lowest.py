@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import tomllib
 from check_install import NOT_COPIED, ROOT, pythons, run
@@ -40,7 +41,10 @@ def main() -> None:
         for script in ("example_text_completion.py", "example_chat_completion.py"):
             run(own / "python", script, at=clone)
             print(f"{script}: runs", flush=True)
-        print(run(own / "python", "-m", "pytest", "-q", *TESTS, at=clone))
+        try:
+            print(run(own / "python", "-m", "pytest", "-q", *TESTS, at=clone))
+        except CalledProcessError as failed:
+            sys.exit(failed.stdout)
 
 
 if __name__ == "__main__":

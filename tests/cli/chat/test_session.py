@@ -390,6 +390,7 @@ def test_two_processes_talk_as_one(tmp_path: Path) -> None:
 
 
 PATIENCE = """
+import sys
 import time
 from datetime import timedelta
 import torch
@@ -398,7 +399,8 @@ from llama import parallel
 torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=1))
 group = parallel.patient_group()
 time.sleep(0 if parallel.rank() else 3)
-print(parallel.broadcast(f"said by {parallel.rank()}", torch.device("cpu"), group))
+said = parallel.broadcast(f"said by {parallel.rank()}", torch.device("cpu"), group)
+sys.stdout.write(f"{said}\\n")  # in one piece: two processes write
 """
 
 
