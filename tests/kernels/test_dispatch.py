@@ -27,6 +27,7 @@ def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
         return f"no compiled kernels ({missing}): PyTorch's operators are used, which are slower"
 
     launched = []
+    monkeypatch.delenv("LLAMA_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "no_triton", dispatch.no_triton.__wrapped__)
     monkeypatch.setattr(dispatch, "no_gpu", dispatch.no_gpu.__wrapped__)
     monkeypatch.setattr(dispatch, "_gpu", lambda: SimpleNamespace(silu_and_mul=launched.append))
