@@ -17,6 +17,7 @@ from llama.errors import ParameterError
 from llama.gate import harmless, one_line
 
 CTRL_C = b"\x03"
+SECONDS_TO_END = 2  # after SIGTERM
 
 
 def check_terminal() -> None:
@@ -102,7 +103,7 @@ def prepared(*, keys_as_bytes: bool) -> Iterator[None]:
     import termios  # here: Windows has none
 
     before = termios.tcgetattr(sys.stdin)
-    handler = signal.signal(signal.SIGTERM, _end)
+    handlers = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGALRM)}
     try:
         if keys_as_bytes:
             modes = termios.tcgetattr(sys.stdin)
@@ -110,13 +111,17 @@ def prepared(*, keys_as_bytes: bool) -> Iterator[None]:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         with contextlib.suppress(termios.error):  # the terminal may be gone
             termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+    """End the talk. Python drops what is raised in a finalizer, so this is done again until the talk has ended."""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_END)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def ctrl_c_typed() -> bool:

@@ -352,6 +352,32 @@ def test_quiet_greets_nobody_and_show_prompt_shows_it(tmp_path: Path) -> None:
     assert child.exitstatus == 128 + signal.SIGTERM
 
 
+IN_A_FINALIZER = """
+import os, signal, time
+from llama.cli.chat.terminal import prepared
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # somewhere here the handler runs
+            pass
+
+with prepared(keys_as_bytes=False):
+    Dying()
+    print("still there", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_sigterm_in_a_finalizer_ends_it_too(tmp_path: Path) -> None:
+    """Python drops what a finalizer raises."""
+    child = pexpect.spawn(sys.executable, ["-c", IN_A_FINALIZER], env=environment(tmp_path), timeout=60)
+    child.expect_exact("still there")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 128 + signal.SIGTERM
+
+
 def test_a_talk_needs_a_terminal(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, *command()], input="hello\n", capture_output=True, encoding="utf-8", timeout=180,
