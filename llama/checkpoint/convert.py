@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from llama import log
 from llama.checkpoint import huggingface_writer
 from llama.checkpoint.gguf_writer import GGUFWriter
 from llama.checkpoint.new_folder import all_or_nothing, check_room, check_target, said_in_one_line
@@ -34,6 +35,8 @@ def convert(path: Path, out: Path, to: str) -> list[Path]:
     if to not in FORMATS:
         raise ParameterError(f"to={to!r:.40} is no format: expected {', '.join(FORMATS)}")
     source, args = open_checked(path)
+    for note in source.notes:
+        log.say(note)
     if to == "meta":
         reshard(path, out, source.shards)
         return sorted(out.iterdir())

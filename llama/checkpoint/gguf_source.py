@@ -23,6 +23,7 @@ from llama.checkpoint.layout import (
     expected_shapes,
     format_of,
     integer_dtype,
+    renamed,
     split_axis,
     stored_shapes,
 )  # fmt: skip
@@ -34,12 +35,12 @@ from llama.kernels.quantized import quantize
 from llama.model.args import ModelArgs
 from llama.wording import listed
 
-LAYER = {
+NAMES = {
     "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
     "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
     "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
+    "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
 }  # fmt: skip
-ONCE = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LOSSLESS = {"Q8_0": "int8", "Q4_0": "int4"}  # type of all matrices → our format, which has the same blocks
 FACTORS = "rope_freqs.weight"
@@ -48,11 +49,7 @@ AT_ONCE = 1 << 22  # numbers that are computed together
 
 def their_name(name: str) -> str:
     """layers.3.attention.wq.weight → blk.3.attn_q.weight."""
-    stem, _, leaf = name.rpartition(".")
-    if not stem.startswith("layers."):
-        return f"{ONCE[stem]}.{leaf}"
-    _, layer, kind = stem.split(".", 2)
-    return f"blk.{layer}.{LAYER[kind]}.{leaf}"
+    return renamed(name, NAMES, "blk")
 
 
 class GGUFFile:
@@ -135,8 +132,8 @@ class GGUFFile:
         if self.args.quantize:
             return [] if output == "Q8_0" else [f"the output layer, stored as {output}, is held in int8"]
         blocks = sorted(set(kinds) - PLAIN.keys())
-        return [f"matrices stored as {', '.join(blocks)} are computed with as numbers of 16 bits: quantize holds them"
-                " in fewer"] if blocks else []  # fmt: skip
+        return [f"matrices stored as {', '.join(blocks)} become bfloat16, which rounds them: quantize holds them in"
+                " fewer bits"] if blocks else []  # fmt: skip
 
     @property
     def facts(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.config import read_config
-from llama.checkpoint.layout import EMBEDDING, OUTPUT, expected_shapes, split_axis
+from llama.checkpoint.layout import EMBEDDING, OUTPUT, expected_shapes, renamed, split_axis
 from llama.checkpoint.pages import release_pages
 from llama.checkpoint.resharding import plan
 from llama.checkpoint.tensor_files import find_tensor_files, open_tensors
@@ -30,11 +30,7 @@ _OWN = {ours: theirs for theirs, ours in (LAYER | ONCE).items()}
 
 def their_name(name: str) -> str:
     """layers.3.attention.wq.weight → model.layers.3.self_attn.q_proj.weight."""
-    stem, _, leaf = name.rpartition(".")
-    if not stem.startswith("layers."):
-        return f"{_OWN[stem]}.{leaf}"
-    _, layer, kind = stem.split(".", 2)
-    return f"model.layers.{layer}.{_OWN[kind]}.{leaf}"
+    return renamed(name, _OWN, "model.layers")
 
 
 def turns_in_halves(name: str) -> bool:

@@ -4,6 +4,7 @@ Opening, filling, the estimate of memory, `info` and the writer all ask here.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -143,6 +144,15 @@ def weight_bytes(
         own_dtype = held if format_of(name, "int8") else dtype
         total += FORMATS[own_format].nbytes(count) if own_format else count * own_dtype.itemsize
     return total
+
+
+def renamed(name: str, names: Mapping[str, str], layers: str) -> str:
+    """layers.3.attention.wq.weight in another format's words: `names` has those of its stems, `layers` its prefix."""
+    stem, _, leaf = name.rpartition(".")
+    if not stem.startswith("layers."):
+        return f"{names[stem]}.{leaf}"
+    _, layer, kind = stem.split(".", 2)
+    return f"{layers}.{layer}.{names[kind]}.{leaf}"
 
 
 def process_counts(args: ModelArgs) -> list[int]:

