@@ -23,7 +23,8 @@ from llama.checkpoint.layout import (
 )
 from llama.checkpoint.source import Source, checkpoint_dtype, read_slice
 from llama.device import choose_dtype
-from llama.errors import CheckpointError
+from llama.errors import CheckpointError, DeviceError
+from llama.kernels.invariance import costs_nothing, why_not_invariant
 from llama.kernels.library import on_huge_pages
 from llama.kernels.plain import held_dtype
 from llama.kernels.quantized import BLOCK_ROWS, can_pack, pack, pack_rows, pack_scales, quantize
@@ -55,9 +56,26 @@ def load(
         weight_format=weight_format, kv_dtype=options.kv_dtype, held=held,
     )  # fmt: skip
     memory.check_fits(needed, memory.free_bytes(device), options.max_seq_len, options.max_batch_size, device)
-    model = Transformer(args, weight_format=weight_format, kv_dtype=options.kv_dtype)
+    model = Transformer(
+        args, weight_format=weight_format, kv_dtype=options.kv_dtype,
+        batch_invariant=_batch_invariant(options, device, dtype, processes),
+    )  # fmt: skip
     fill(model, source, device, dtype, held)
     return model.eval()
+
+
+def _batch_invariant(options: RunOptions, device: torch.device, dtype: torch.dtype, processes: int) -> bool:
+    """Whether results are to be the same to the bit in any batch: where that is asked for, or costs nothing."""
+    reason = (
+        "torch.compile's code is not made for it" if options.compile
+        else "more than two processes add their sums in an order that depends on it" if processes > 2
+        else why_not_invariant(device, dtype)
+    )  # fmt: skip
+    if not options.batch_invariant:
+        return reason is None and costs_nothing(dtype)
+    if reason:
+        raise DeviceError(f"batch_invariant=True: results cannot be the same in any batch ({reason}): leave it out")
+    return True
 
 
 def _weight_format(source: Source, asked: str | None) -> str | None:

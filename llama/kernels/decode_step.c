@@ -19,7 +19,7 @@ typedef struct {
 typedef struct {
     int64_t n, dim, hidden, vocab, n_heads, n_kv_heads, head_dim, max_seq_len, slots;
     float eps;
-    int dtype, format, output_format, variant, threads;
+    int dtype, stored, format, output_format, variant, threads; /* stored: of the cache */
 } Shape;
 
 /* ------------------------------------------------------------------------------------------------- a layer */
@@ -37,9 +37,9 @@ static void add(const Shape *s, void *x, const void *y) {
 /* The parts of the workspace, each on whole cache lines. */
 typedef struct {
     void *x, *normed, *wide, *q, *attended, *result;
-    float *scores, *freqs_cis;
+    float *freqs_cis;
     int64_t *rows, *starts, *lengths, *places;
-    uint8_t *product, *end;
+    uint8_t *attention, *product, *end;
 } Parts;
 
 static uint8_t *take(uint8_t **at, int64_t bytes) {
@@ -62,7 +62,6 @@ static Parts parts_of(const Shape *s, int64_t longest, uint8_t *workspace) {
     p.q = take(&at, n * heads * size);
     p.attended = take(&at, n * heads * size);
     p.result = take(&at, n * s->dim * size);
-    p.scores = (float *)take(&at, s->threads * longest * 4);
     p.freqs_cis = (float *)take(&at, n * s->head_dim * 4);
     p.rows = (int64_t *)take(&at, n * 8);
     p.starts = (int64_t *)take(&at, n * 8);
@@ -71,6 +70,7 @@ static Parts parts_of(const Shape *s, int64_t longest, uint8_t *workspace) {
     int64_t product = llama_workspace(n, inputs, s->dtype, s->format, s->variant, s->threads);
     int64_t last = llama_workspace(n, s->dim, s->dtype, s->output_format, s->variant, s->threads);
     p.product = take(&at, product > last ? product : last);
+    p.attention = take(&at, llama_attend_workspace(longest, s->head_dim, s->threads));
     p.end = at;
     return p;
 }
@@ -87,9 +87,9 @@ static void run_layer(const Shape *s, const Layer *layer, int64_t longest, const
     product(s, s->format, p->normed, layer->wqkv, layer->wqkv_scales, p->wide, s->dim,
             heads + 2 * s->n_kv_heads * s->head_dim, p->product);
     llama_rope(p->wide, p->freqs_cis, p->q, layer->keys, layer->values, p->places, s->n, stride, s->n_heads, s->n_kv_heads,
-               s->head_dim, s->dtype, s->variant, few);
-    llama_attend(p->q, layer->keys, layer->values, p->attended, p->rows, p->starts, p->lengths, p->scores, s->n, longest,
-                 stride, s->n_heads, s->n_kv_heads, s->head_dim, s->dtype, s->variant, attending);
+               s->head_dim, s->dtype, s->stored, s->variant, few);
+    llama_attend(p->q, layer->keys, layer->values, p->attended, p->rows, p->starts, p->lengths, p->attention, s->n,
+                 longest, stride, s->n_heads, s->n_kv_heads, s->head_dim, s->dtype, s->stored, s->variant, attending);
     product(s, s->format, p->attended, layer->wo, layer->wo_scales, p->result, heads, s->dim, p->product);
     add(s, p->x, p->result);
     llama_rms_norm(p->x, layer->ffn_norm, p->normed, s->n, s->dim, s->eps, s->dtype, s->variant, few);

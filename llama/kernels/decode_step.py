@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from llama.kernels.dispatch import cpu_library
-from llama.kernels.library import DTYPE_CODES, FORMAT_CODES, STORED_CODES, variant
-from llama.kernels.ops import CPU_MAX_HEAD_DIM
+from llama.kernels.library import (
+    CACHE_CODES,
+    DTYPE_CODES,
+    FORMAT_CODES,
+    STORED_CODES,
+    load,
+    variant,
+    without_tiles,
+)
 from llama.kernels.plain import can_multiply, most_rows
 from llama.kernels.quantized import is_packed
 
@@ -23,7 +30,7 @@ class Shape(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n", "dim", "hidden", "vocab", "n_heads", "n_kv_heads", "head_dim")),
         *((name, ctypes.c_int64) for name in ("max_seq_len", "slots")),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("dtype", "format", "output_format", "variant", "threads")),
+        *((name, ctypes.c_int) for name in ("dtype", "stored", "format", "output_format", "variant", "threads")),
     ]  # fmt: skip
 
 
@@ -50,8 +57,9 @@ class DecodeStep:
         self._shape = Shape(
             dim=args.dim, hidden=args.hidden_dim, vocab=args.vocab_size, n_heads=args.n_heads,
             n_kv_heads=args.kv_heads, head_dim=args.head_dim, max_seq_len=cache.max_seq_len, slots=cache.slots,
-            eps=args.norm_eps, dtype=DTYPE_CODES[model.dtype], format=_code(wo.weight),
-            output_format=_code(model.output.weight), variant=variant(),
+            eps=args.norm_eps, dtype=DTYPE_CODES[model.dtype], stored=CACHE_CODES[cache.keys[0].dtype], format=_code(wo.weight),
+            output_format=_code(model.output.weight),
+            variant=without_tiles(variant()) if model.batch_invariant else variant(),
         )  # fmt: skip
 
     def is_of(self, freqs_cis: Tensor, cache: Any) -> bool:
@@ -63,7 +71,7 @@ class DecodeStep:
         (N, vocab) float32. Their keys and values are in the cache then; tokens of one slot see those before them."""
         shape, n = self._shape, len(tokens)
         shape.n, shape.threads = n, torch.get_num_threads()
-        library = cpu_library(self._cache.keys[0])
+        library = load()[0]
         assert library is not None
         needed = library.llama_step_workspace(ctypes.byref(shape), shape.max_seq_len)
         if self._workspace.numel() < needed:
@@ -79,9 +87,11 @@ class DecodeStep:
 def can_fuse_on_cpu(rows: int, model: Any, cache: Any) -> bool:
     """Whether `DecodeStep` can compute a step of so many rows: where our kernels read the matrices."""
     keys, matrices = cache.keys[0], (model.output.weight, model.layers[-1].attention.wo.weight)
-    if model.params.has_bias or not all(is_packed(w) or can_multiply(w, model.dtype, rows) for w in matrices):
+    if model.params.has_bias or not all(
+        is_packed(w) or can_multiply(w, model.dtype, rows, model.batch_invariant) for w in matrices
+    ):
         return False
-    return rows <= MOST_ROWS and bool(keys.dtype == model.dtype) and keys.shape[-1] <= CPU_MAX_HEAD_DIM
+    return rows <= MOST_ROWS and keys.dtype in CACHE_CODES
 
 
 def rows_alike(model: Any) -> int:

@@ -20,10 +20,22 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { PORTABLE, USES_AVX2, USES_AVX512, USES_AVX512_BF16, USES_AMX };
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT8 }; /* FLOAT8: of a cache only */
 enum { INT8, INT4, PLAIN, AS_STORED }; /* PLAIN: packed numbers of bfloat16; AS_STORED + a dtype: see plain.c */
 enum { GROUP = 32, BLOCK_ROWS = 16 }; /* inputs that share a scale; rows of a block of packed weights: see quantized.c */
-enum { MAX_HEAD_DIM = 256 };            /* of attention: its buffers have a fixed size; ops.py has the same number */
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+/* The number of this thread, of those that share a piece of work. */
+INLINE int llama_thread(void) {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 INLINE float from_bfloat16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -104,6 +116,19 @@ void llama_plain_product(
     const void *x, const uint8_t *w, void *y, uint8_t *workspace, int64_t n, int64_t inputs, int64_t outputs, int dtype,
     int stored, int variant, int threads
 );
+
+/* A product of plain.c: x in the form that the variant reads, bfloat16 (`pairs`) or float32, its rows `stride` numbers apart;
+   y of `dtype`, its rows `outputs` numbers apart; W `stored` in its own way. */
+typedef struct {
+    const void *x;
+    const uint8_t *w;
+    void *y;
+    int64_t inputs, outputs, stride;
+    int dtype, stored, pairs;
+} Plain;
+
+int llama_multiplies_pairs(int stored, int variant);
+void llama_multiply_near(const Plain *p, int64_t begin, int64_t end, int64_t n, int variant);
 int64_t llama_tiles_workspace(int64_t n, int64_t inputs, int threads);
 void llama_tiles_product(
     const uint16_t *x, const uint8_t *w, const uint16_t *scales, uint16_t *y, uint8_t *workspace, int64_t n, int64_t inputs,
@@ -113,12 +138,13 @@ void llama_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64
                     int threads);
 void llama_rope(
     const void *heads, const float *freqs_cis, void *q, void *keys, void *values, const int64_t *places, int64_t n,
-    int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int variant, int threads
+    int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int stored, int variant, int threads
 );
+int64_t llama_attend_workspace(int64_t longest, int64_t head_dim, int threads);
 void llama_attend(
     const void *q, const void *keys, const void *values, void *out, const int64_t *rows, const int64_t *starts,
-    const int64_t *lengths, float *scores, int64_t n, int64_t longest, int64_t stride, int64_t n_heads,
-    int64_t n_kv_heads, int64_t head_dim, int dtype, int variant, int threads
+    const int64_t *lengths, uint8_t *workspace, int64_t n, int64_t longest, int64_t stride, int64_t n_heads,
+    int64_t n_kv_heads, int64_t head_dim, int dtype, int stored, int variant, int threads
 );
 void llama_silu_and_mul(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int threads);
 

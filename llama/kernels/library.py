@@ -10,6 +10,7 @@ from torch import Tensor
 
 VARIANTS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # kernels.h's FLOAT32, BFLOAT16
+CACHE_CODES = {**DTYPE_CODES, torch.float8_e4m3fn: 3}  # and FLOAT8
 FORMAT_CODES = {torch.int8: 0, torch.uint8: 1, torch.bfloat16: 2}  # of packed weights: kernels.h's INT8, INT4, PLAIN
 STORED_CODES = {torch.float32: 3, torch.bfloat16: 4, torch.float16: 5}  # of weights as they are stored: AS_STORED + …
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -23,8 +24,9 @@ _ARGUMENTS = {
     "llama_product": [_POINTER] * 5 + [_LONG] * 3 + [_INT] * 4,
     "llama_dequantize": [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 4,
     "llama_rms_norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT] + [_INT] * 3,
-    "llama_rope": [_POINTER] * 6 + [_LONG] * 5 + [_INT] * 3,
-    "llama_attend": [_POINTER] * 8 + [_LONG] * 6 + [_INT] * 3,
+    "llama_rope": [_POINTER] * 6 + [_LONG] * 5 + [_INT] * 4,
+    "llama_attend_workspace": [_LONG] * 2 + [_INT],
+    "llama_attend": [_POINTER] * 8 + [_LONG] * 6 + [_INT] * 4,
     "llama_silu_and_mul": [_POINTER] * 2 + [_LONG] * 2 + [_INT] * 3,
     "llama_greedy": [_POINTER] * 3 + [_LONG] * 2 + [_INT],
     "llama_sample_workspace": [_LONG],
@@ -34,7 +36,7 @@ _ARGUMENTS = {
 }
 _RETURNS = {
     "llama_variant": _INT,
-    **dict.fromkeys(("llama_workspace", "llama_most_rows", "llama_step_workspace", "llama_sample_workspace"), _LONG),
+    **dict.fromkeys((name for name in _ARGUMENTS if name.endswith(("workspace", "most_rows"))), _LONG),
 }
 
 
@@ -76,6 +78,11 @@ def _variant() -> int:
     assert library is not None
     named, best = os.environ.get("LLAMA_KERNELS"), int(library.llama_variant())
     return min(VARIANTS.index(named), best) if named in VARIANTS else best
+
+
+def without_tiles(variant: int) -> int:
+    """The same, or the best one that sums in the same order for any number of rows: AMX's tiles do not."""
+    return min(variant, VARIANTS.index("avx512bf16"))
 
 
 def on_huge_pages(tensor: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-/* The small operations of a step, one call each: RMSNorm, RoPE with the write to the cache, attention of single queries,
-   SwiGLU's product. In PyTorch they cost dozens of calls, not arithmetic. Results are rounded where PyTorch rounds them. */
+/* The small operations of a step, one call each: RMSNorm, RoPE with the write to the cache, SwiGLU's
+   product. In PyTorch they cost dozens of calls, not arithmetic. Results are rounded where PyTorch rounds them. */
 
 #include "kernels.h"
 
@@ -26,61 +26,42 @@ INLINE void norm_row(const void *x, const void *weight, void *y, int64_t first, 
 
 /* ------------------------------------------------------------------------------------------------- RoPE, cache */
 
+/* To the nearest of float8 (e4m3), ties to even, and no further than its range; NaN stays NaN. */
+INLINE uint8_t to_float8(float value) {
+    uint32_t bits;
+    float size = fabsf(value) > 448.0f ? 448.0f : fabsf(value);
+    memcpy(&bits, &value, 4);
+    uint32_t sign = bits >> 24 & 0x80, small = (uint32_t)(int32_t)rintf(size * 512.0f); /* below 2⁻⁶ */
+    memcpy(&bits, &size, 4);
+    uint32_t normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);
+    return (uint8_t)(sign | (value != value ? 0x7f : size < 0x1p-6f ? small : normal));
+}
+
+/* A number of `dtype` → a cache. */
+INLINE void store_number(void *to, int stored, int dtype, int64_t i, float value) {
+    if (stored == FLOAT8) ((uint8_t *)to)[i] = to_float8(rounded(value, dtype));
+    else write_number(to, stored, i, value);
+}
+
 /* One token: RoPE writes its query heads to q (H, D) and its keys to the cache; its values are copied to the cache. */
 INLINE void rope_row(
     const void *heads, const float *freqs_cis, void *q, void *keys, void *values, int64_t row, int64_t place,
-    int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype
+    int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int stored
 ) {
     int64_t width = (n_heads + 2 * n_kv_heads) * head_dim;
     for (int64_t head = 0; head < n_heads + n_kv_heads; head++) {
         int64_t from = row * width + head * head_dim, kv = head - n_heads;
-        void *to = kv < 0 ? q : keys;
         int64_t at = kv < 0 ? (row * n_heads + head) * head_dim : kv * stride + place * head_dim;
         for (int64_t i = 0; i < head_dim; i += 2) {
             float a = read_number(heads, dtype, from + i), b = read_number(heads, dtype, from + i + 1);
-            float c = freqs_cis[i], s = freqs_cis[i + 1];
-            write_number(to, dtype, at + i, a * c - b * s);
-            write_number(to, dtype, at + i + 1, a * s + b * c);
+            float c = freqs_cis[i], s = freqs_cis[i + 1], first = a * c - b * s, second = a * s + b * c;
+            if (kv < 0) write_number(q, dtype, at + i, first), write_number(q, dtype, at + i + 1, second);
+            else store_number(keys, stored, dtype, at + i, first), store_number(keys, stored, dtype, at + i + 1, second);
         }
     }
-    int64_t size = dtype == BFLOAT16 ? 2 : 4;
-    for (int64_t kv = 0; kv < n_kv_heads; kv++)
-        memcpy((char *)values + (kv * stride + place * head_dim) * size,
-               (const char *)heads + (row * width + (n_heads + n_kv_heads + kv) * head_dim) * size, head_dim * size);
-}
-
-/* ------------------------------------------------------------------------------------------------- attention */
-
-/* The query heads of one kv head of one token against the first `length` keys and values of its slot. `scores` has room
-   for `length` numbers. */
-INLINE void attend(
-    const void *q, const void *keys, const void *values, void *out, int64_t first, int64_t slot, int64_t length,
-    int64_t heads, int64_t head_dim, float *scores, int dtype
-) {
-    float query[MAX_HEAD_DIM], sum[MAX_HEAD_DIM];
-    for (int64_t head = 0; head < heads; head++) {
-        int64_t at = first + head * head_dim;
-        float scale = 1.0f / sqrtf((float)head_dim), largest = -INFINITY, total = 0;
-        for (int64_t i = 0; i < head_dim; i++) query[i] = read_number(q, dtype, at + i) * scale;
-        for (int64_t p = 0; p < length; p++) {
-            float dot = 0;
-#pragma omp simd reduction(+ : dot)
-            for (int64_t i = 0; i < head_dim; i++) dot += query[i] * read_number(keys, dtype, slot + p * head_dim + i);
-            scores[p] = dot;
-            largest = dot > largest ? dot : largest;
-        }
-#pragma omp simd reduction(+ : total)
-        for (int64_t p = 0; p < length; p++) {
-            scores[p] = exponential(scores[p] - largest);
-            total += scores[p];
-        }
-        for (int64_t i = 0; i < head_dim; i++) sum[i] = 0;
-        for (int64_t p = 0; p < length; p++) {
-            float share = scores[p] / total;
-#pragma omp simd
-            for (int64_t i = 0; i < head_dim; i++) sum[i] += share * read_number(values, dtype, slot + p * head_dim + i);
-        }
-        for (int64_t i = 0; i < head_dim; i++) write_number(out, dtype, at + i, sum[i]);
+    for (int64_t kv = 0; kv < n_kv_heads; kv++) {
+        int64_t from = row * width + (n_heads + n_kv_heads + kv) * head_dim, at = kv * stride + place * head_dim;
+        for (int64_t i = 0; i < head_dim; i++) store_number(values, stored, dtype, at + i, read_number(heads, dtype, from + i));
     }
 }
 
@@ -109,14 +90,10 @@ INLINE void silu_and_mul_row(
         PER_DTYPE(norm_row(x, w, y, at, dim, eps, D), dt) \
     } \
     target static void rope_##suffix(const void *heads, const float *freqs_cis, void *q, void *k, void *v, int64_t row, \
-                                     int64_t place, int64_t stride, int64_t h, int64_t kv, int64_t dim, int dt) { \
-        PER_DTYPE(rope_row(heads, freqs_cis, q, k, v, row, place, stride, h, kv, dim, D), dt) \
-    } \
-    target static void attend_##suffix(const void *q, const void *k, const void *v, void *out, int64_t first, \
-                                       int64_t slot, int64_t length, int64_t heads, int64_t dim, float *scores, int dt) { \
-        if (dim == 64) { PER_DTYPE(attend(q, k, v, out, first, slot, length, heads, 64, scores, D), dt) } \
-        else if (dim == 128) { PER_DTYPE(attend(q, k, v, out, first, slot, length, heads, 128, scores, D), dt) } \
-        else { PER_DTYPE(attend(q, k, v, out, first, slot, length, heads, dim, scores, D), dt) } \
+                                     int64_t place, int64_t stride, int64_t h, int64_t kv, int64_t dim, int dt, int stored) { \
+        if (stored == FLOAT8) { \
+            PER_DTYPE(rope_row(heads, freqs_cis, q, k, v, row, place, stride, h, kv, dim, D, FLOAT8), dt) \
+        } else { PER_DTYPE(rope_row(heads, freqs_cis, q, k, v, row, place, stride, h, kv, dim, D, D), dt) } \
     } \
     target static void silu_and_mul_##suffix(const void *both, void *y, int64_t row, int64_t begin, int64_t end, \
                                              int64_t hidden, int dt) { \
@@ -147,33 +124,15 @@ void llama_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64
 }
 
 /* heads (n, H + 2K, D), freqs_cis (n, D): cosine, sine, cosine, … → q (n, H, D); keys and values go to the token rows
-   `places` of the cache (K, rows, D), whose heads are `stride` numbers apart. */
+   `places` of the cache (K, rows, D), whose heads are `stride` numbers apart, and whose numbers are of `dtype` or FLOAT8. */
 void llama_rope(
     const void *heads, const float *freqs_cis, void *q, void *keys, void *values, const int64_t *places, int64_t n,
-    int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int variant, int threads
+    int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int stored, int variant, int threads
 ) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n >= threads * 4)
     for (int64_t row = 0; row < n; row++)
         CALL(rope, heads, freqs_cis + row * head_dim, q, keys, values, row, places[row], stride, n_heads, n_kv_heads,
-             head_dim, dtype);
-}
-
-/* Single queries: row `rows[i]` of q and out (·, H, D) looks at the first lengths[i] positions that begin at token row
-   starts[i] of the cache. `scores` has room for `longest` numbers for each thread. */
-void llama_attend(
-    const void *q, const void *keys, const void *values, void *out, const int64_t *rows, const int64_t *starts,
-    const int64_t *lengths, float *scores, int64_t n, int64_t longest, int64_t stride, int64_t n_heads,
-    int64_t n_kv_heads, int64_t head_dim, int dtype, int variant, int threads
-) {
-    int64_t per = n_heads / n_kv_heads, size = dtype == BFLOAT16 ? 2 : 4, tasks = n * n_kv_heads;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
-    for (int thread = 0; thread < threads; thread++)
-        for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++) {
-            int64_t i = task / n_kv_heads, kv = task % n_kv_heads;
-            int64_t slot = kv * stride + starts[i] * head_dim;
-            CALL(attend, q, (const char *)keys + slot * size, (const char *)values + slot * size, out,
-                 (rows[i] * n_heads + kv * per) * head_dim, 0, lengths[i], per, head_dim, scores + thread * longest, dtype);
-        }
+             head_dim, dtype, stored);
 }
 
 /* both (n, 2F) → silu(first half) · second half (n, F). */

@@ -5,9 +5,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from llama.kernels.dispatch import cpu_library, gpu_kernels
-from llama.kernels.library import DTYPE_CODES, variant
+from llama.kernels.library import CACHE_CODES, DTYPE_CODES, variant
 
-CPU_MAX_HEAD_DIM = 256  # of `attend`: kernels.h's MAX_HEAD_DIM
 WORTH_THREADS = 1 << 14  # numbers: with fewer, waking other threads takes longer than the work
 
 
@@ -83,7 +82,7 @@ def rope_and_store(
     if gpu := gpu_kernels(heads):
         return gpu.rope_and_store(heads, freqs_cis, keys, values, rows, n_heads)
     library, n_kv_heads = cpu_library(heads), keys.shape[0]
-    if library is None or keys.dtype != heads.dtype:
+    if library is None:
         rotated = apply_rope(heads[:, :-n_kv_heads], freqs_cis)
         for stored, new in ((keys, rotated[:, n_heads:]), (values, heads[:, -n_kv_heads:])):
             bits, new_bits = as_stored(stored, new)
@@ -94,7 +93,8 @@ def rope_and_store(
     q = torch.empty((n, n_heads, head_dim), dtype=heads.dtype)
     library.llama_rope(
         heads.data_ptr(), freqs_cis.data_ptr(), q.data_ptr(), keys.data_ptr(), values.data_ptr(), rows.data_ptr(), n,
-        keys.stride(0), n_heads, n_kv_heads, head_dim, DTYPE_CODES[heads.dtype], variant(), _threads(heads),
+        keys.stride(0), n_heads, n_kv_heads, head_dim, DTYPE_CODES[heads.dtype], CACHE_CODES[keys.dtype], variant(),
+        _threads(heads),
     )  # fmt: skip
     return q
 
@@ -102,19 +102,21 @@ def rope_and_store(
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, out: Tensor, rows: Tensor, starts: Tensor, lengths: Tensor, longest: int
 ) -> None:
-    """Attention of single queries, one a sequence: out[rows[i]] (H, D) from q[rows[i]] and its slot of the cache.
+    """Attention of n tokens' queries: out[rows[i]] (H, D) from q[rows[i]] and its slot of the cache.
 
     Only where there is a `cpu_library`: q and out (N, H, D) contiguous, keys and values (K, S, P, D); query i looks at
-    the lengths[i] (≤ `longest`) positions that begin at row starts[i] of (S · P).
+    the lengths[i] (≤ `longest`) positions that begin at row starts[i] of (S · P). Tokens of one slot, listed one after
+    the other, share what is read. A row of `out` is the same to the bit whatever is beside it.
     """
     library = cpu_library(q)
     assert library is not None and q.is_contiguous() and out.is_contiguous()
     threads = torch.get_num_threads() if len(rows) * longest * q.shape[1] * q.shape[2] > WORTH_THREADS else 1
-    scores = torch.empty(threads * longest, dtype=torch.float32)
+    size = library.llama_attend_workspace(longest, q.shape[2], threads)
+    workspace = torch.empty(size, dtype=torch.uint8)
     library.llama_attend(
         q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), rows.data_ptr(), starts.data_ptr(),
-        lengths.data_ptr(), scores.data_ptr(), len(rows), longest, keys.stride(0), q.shape[1], keys.shape[0],
-        q.shape[2], DTYPE_CODES[q.dtype], variant(), threads,
+        lengths.data_ptr(), workspace.data_ptr(), len(rows), longest, keys.stride(0), q.shape[1], keys.shape[0],
+        q.shape[2], DTYPE_CODES[q.dtype], CACHE_CODES[keys.dtype], variant(), threads,
     )  # fmt: skip
 
 

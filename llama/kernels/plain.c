@@ -11,16 +11,19 @@
 #include "kernels.h"
 
 enum { ROWS = 8, STREAMS = 4, FEW = 2 }; /* rows of x at a time; places where W is read, for up to FEW rows of x and more */
-enum { AHEAD = 2048 };                    /* how far ahead W is fetched, in bytes */
+enum { MOST_FEW = 16, TALL = 6 };         /* rows of x for which W is read from memory; rows of x at a time, and STREAMS of W, for more */
+enum { AVX2_STREAMS = 3, AVX2_TALL = 4 };   /* the same where there are 16 registers, not 32 */
+enum { NEAR = 1 << 19 };                  /* bytes of W that stay in the cache for all rows of x */
+enum { MOST_TIMES = 16, LINE = STREAMS * MOST_TIMES }; /* of a strip, and the most sums of it for a row of x */
+enum { AHEAD = 2048, AHEAD_NEAR = 8192 }; /* how far ahead W is fetched, in bytes: at STREAMS places, at one */
 
-/* What a thread multiplies: `x` in the form that the variant reads, bfloat16 or float32. */
+/* Rows of W that are multiplied one time after the other, some at each time: the s-th of time t begins at byte
+   t · step + s · apart of `w`. */
 typedef struct {
-    const void *x;
     const uint8_t *w;
-    void *y;
-    int64_t inputs, outputs;
-    int dtype, stored; /* of y, and of W */
-} Plain;
+    int64_t apart, step, ahead; /* ahead: how far before it is used W is fetched, in bytes */
+    int times;
+} Strip; /* its sums: LINE for each row of x, the first one of time t at t · streams */
 
 INLINE int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
@@ -33,29 +36,33 @@ INLINE float weight(const uint8_t *row, int stored, int64_t i) {
 enum { LANES = 16 };
 
 INLINE void portable_row(const uint8_t *w, const Plain *p, int64_t row, int rows, int stored, float *sums) {
-    const float *x = (const float *)p->x + row * p->inputs;
+    const float *x = (const float *)p->x + row * p->stride;
     float lanes[ROWS][LANES] = {{0}}, weights[LANES];
     int64_t i = 0;
     for (; i + LANES <= p->inputs; i += LANES) {
         for (int lane = 0; lane < LANES; lane++) weights[lane] = weight(w, stored, i + lane);
         for (int r = 0; r < rows; r++)
-            for (int lane = 0; lane < LANES; lane++) lanes[r][lane] += weights[lane] * x[r * p->inputs + i + lane];
+            for (int lane = 0; lane < LANES; lane++) lanes[r][lane] += weights[lane] * x[r * p->stride + i + lane];
     }
     for (int r = 0; r < rows; r++) {
         for (int64_t last = i; last < p->inputs; last++)
-            lanes[r][last - i] += weight(w, stored, last) * x[r * p->inputs + last];
+            lanes[r][last - i] += weight(w, stored, last) * x[r * p->stride + last];
         for (int half = LANES / 2; half; half /= 2)
             for (int lane = 0; lane < half; lane++) lanes[r][lane] += lanes[r][lane + half];
         sums[r] = lanes[r][0];
     }
 }
 
-static void portable_rows(const uint8_t *const *w, int streams, const Plain *p, int64_t row, int rows, float *sums) {
-    for (int s = 0; s < streams; s++, sums += rows) {
-        if (p->stored == BFLOAT16) portable_row(w[s], p, row, rows, BFLOAT16, sums);
-        else if (p->stored == FLOAT16) portable_row(w[s], p, row, rows, FLOAT16, sums);
-        else portable_row(w[s], p, row, rows, FLOAT32, sums);
-    }
+static void portable_rows(const Plain *p, const Strip *strip, int streams, int64_t row, int rows, float *sums) {
+    float own[ROWS];
+    for (int t = 0; t < strip->times; t++, sums += streams)
+        for (int s = 0; s < streams; s++) {
+            const uint8_t *w = strip->w + t * strip->step + s * strip->apart;
+            if (p->stored == BFLOAT16) portable_row(w, p, row, rows, BFLOAT16, own);
+            else if (p->stored == FLOAT16) portable_row(w, p, row, rows, FLOAT16, own);
+            else portable_row(w, p, row, rows, FLOAT32, own);
+            for (int r = 0; r < rows; r++) sums[r * LINE + s] = own[r];
+        }
 }
 
 #if X86
@@ -75,45 +82,57 @@ AVX2 INLINE __m128 avx2_four(const __m256 *v) {
 }
 
 AVX2 INLINE void avx2_rows(
-    const uint8_t *const *w, int streams, const Plain *p, int64_t row, int rows, int stored, float *sums
+    const Plain *p, const Strip *strip, int streams, int64_t row, int rows, int stored, float *sums
 ) {
-    const float *x = (const float *)p->x + row * p->inputs;
-    const int64_t inputs = p->inputs, whole = inputs / 8 * 8, size = bytes_of(stored);
-    __m256 sum[STREAMS * ROWS + 3];
-    for (int k = 0; k < streams * rows + 3; k++) sum[k] = _mm256_setzero_ps();
-    for (int64_t i = 0; i < whole; i += 8) {
-        __m256 weights[STREAMS];
-        for (int s = 0; s < streams; s++) {
-            _mm_prefetch((const char *)w[s] + i * size + AHEAD, _MM_HINT_T0);
-            weights[s] = avx2_weights(w[s], stored, i);
+    const float *x = (const float *)p->x + row * p->stride;
+    const int64_t inputs = p->inputs, whole = inputs / 8 * 8, size = bytes_of(stored), stride = p->stride;
+    const uint8_t *w = strip->w;
+    for (int t = 0; t < strip->times; t++, w += strip->step, sums += streams) {
+        __m256 sum[STREAMS * ROWS + 3];
+#pragma GCC unroll 35
+        for (int k = 0; k < streams * rows + 3; k++) sum[k] = _mm256_setzero_ps();
+        for (int64_t i = 0; i < whole; i += 8) {
+            __m256 weights[STREAMS];
+            for (int s = 0; s < streams; s++) {
+                if (streams * rows < AVX2_STREAMS * AVX2_TALL) _mm_prefetch((const char *)w + s * strip->apart + i * size + strip->ahead, _MM_HINT_T0);
+                weights[s] = avx2_weights(w + s * strip->apart, stored, i);
+            }
+            for (int r = 0; r < rows; r++) {
+                __m256 numbers = _mm256_loadu_ps(x + r * stride + i);
+                for (int s = 0; s < streams; s++)
+                    sum[r * streams + s] = _mm256_fmadd_ps(weights[s], numbers, sum[r * streams + s]);
+            }
         }
-        for (int r = 0; r < rows; r++) {
-            __m256 numbers = _mm256_loadu_ps(x + r * inputs + i);
-            for (int s = 0; s < streams; s++)
-                sum[s * rows + r] = _mm256_fmadd_ps(weights[s], numbers, sum[s * rows + r]);
-        }
+        float last[STREAMS * ROWS + 3];
+#pragma GCC unroll 8
+        for (int k = 0; k < streams * rows; k += 4) _mm_storeu_ps(last + k, avx2_four(sum + k));
+        for (int r = 0; r < rows; r++)
+            for (int s = 0; s < streams; s++) {
+                for (int64_t i = whole; i < inputs; i++)
+                    last[r * streams + s] += weight(w + s * strip->apart, stored, i) * x[r * stride + i];
+                sums[r * LINE + s] = last[r * streams + s];
+            }
     }
-    float last[STREAMS * ROWS + 3];
-    for (int k = 0; k < streams * rows; k += 4) _mm_storeu_ps(last + k, avx2_four(sum + k));
-    for (int s = 0; s < streams; s++)
-        for (int r = 0; r < rows; r++) {
-            for (int64_t i = whole; i < inputs; i++) last[s * rows + r] += weight(w[s], stored, i) * x[r * inputs + i];
-            sums[s * rows + r] = last[s * rows + r];
-        }
 }
 
 /* ------------------------------------------------------------------------------------------------- AVX512 */
 
-enum { ALL = -1 }; /* the mask of a whole vector; a part of one is read at the end of a row only */
+enum { ALL = 0 };
+#define WHOLE(there) (__builtin_constant_p(there) && (there) == ALL)
 
+/* `there` masks the numbers of a vector that belong to the row, which are ALL but in its last one. The last one is masked
+   also where it is whole: a branch about it would move the sums to memory. */
 AVX512 INLINE __m512 avx512_weights(const uint8_t *row, int stored, int64_t i, int there) {
-    if (stored == FLOAT32) return there == ALL ? _mm512_loadu_ps((const float *)row + i)
+    if (stored == FLOAT32) return WHOLE(there) ? _mm512_loadu_ps((const float *)row + i)
                                                : _mm512_maskz_loadu_ps((__mmask16)there, (const float *)row + i);
     const uint16_t *from = (const uint16_t *)row + i;
-    __m256i half = there == ALL ? _mm256_loadu_si256((const __m256i *)from) : _mm256_maskz_loadu_epi16((__mmask16)there, from);
+    __m256i half = WHOLE(there) ? _mm256_loadu_si256((const __m256i *)from) : _mm256_maskz_loadu_epi16((__mmask16)there, from);
     if (stored == FLOAT16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
+
+/* The mask of `left` numbers of a vector, at least 1. */
+INLINE int mask_of(int64_t left) { return (int)(UINT32_MAX >> (32 - left)); }
 
 /* The sums of the lanes of four vectors. */
 AVX512 INLINE __m128 avx512_four(const __m512 *v) {
@@ -126,127 +145,233 @@ AVX512 INLINE __m128 avx512_four(const __m512 *v) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-AVX512 INLINE void avx512_sums(const __m512 *sum, int count, float *sums) {
-    float four[4];
-    for (int k = 0; k < count; k += 4) {
-        _mm_storeu_ps(four, avx512_four(sum + k));
-        for (int i = 0; i < 4 && k + i < count; i++) sums[k + i] = four[i];
+/* Sum k is of stream k % streams and row k / streams. */
+AVX512 INLINE void avx512_sums(const __m512 *sum, int streams, int rows, float *sums) {
+#pragma GCC unroll 8
+    for (int k = 0; k < streams * rows; k += 4) {
+        float four[4];
+        _mm_storeu_ps(streams == 4 ? sums + k / 4 * LINE : four, avx512_four(sum + k));
+        for (int i = 0; i < 4 && streams != 4 && k + i < streams * rows; i++)
+            sums[(k + i) / streams * LINE + (k + i) % streams] = four[i];
     }
 }
 
 AVX512 INLINE void avx512_step(
-    const uint8_t *const *w, int streams, const float *x, int64_t inputs, int64_t i, int rows, int stored, int there, __m512 *sum
+    const uint8_t *w, int64_t apart, int64_t ahead, int streams, const float *x, int64_t stride, int64_t i, int rows, int stored, int there,
+    __m512 *sum
 ) {
     __m512 weights[STREAMS];
     for (int s = 0; s < streams; s++) {
-        _mm_prefetch((const char *)w[s] + i * bytes_of(stored) + AHEAD, _MM_HINT_T0);
-        weights[s] = avx512_weights(w[s], stored, i, there);
+        if (streams * rows < STREAMS * TALL)
+            _mm_prefetch((const char *)w + s * apart + i * bytes_of(stored) + ahead, _MM_HINT_T0);
+        weights[s] = avx512_weights(w + s * apart, stored, i, there);
     }
     for (int r = 0; r < rows; r++) {
-        __m512 numbers = avx512_weights((const uint8_t *)(x + r * inputs), FLOAT32, i, there);
-        for (int s = 0; s < streams; s++) sum[s * rows + r] = _mm512_fmadd_ps(weights[s], numbers, sum[s * rows + r]);
+        __m512 numbers = avx512_weights((const uint8_t *)(x + r * stride), FLOAT32, i, there);
+        for (int s = 0; s < streams; s++) sum[r * streams + s] = _mm512_fmadd_ps(weights[s], numbers, sum[r * streams + s]);
     }
 }
 
 AVX512 INLINE void avx512_rows(
-    const uint8_t *const *w, int streams, const Plain *p, int64_t row, int rows, int stored, float *sums
+    const Plain *p, const Strip *strip, int streams, int64_t row, int rows, int stored, float *sums
 ) {
-    const float *x = (const float *)p->x + row * p->inputs;
-    __m512 sum[STREAMS * ROWS + 3];
-    for (int k = 0; k < streams * rows + 3; k++) sum[k] = _mm512_setzero_ps();
-    int64_t i = 0;
-    for (; i + 16 <= p->inputs; i += 16) avx512_step(w, streams, x, p->inputs, i, rows, stored, ALL, sum);
-    if (i < p->inputs) avx512_step(w, streams, x, p->inputs, i, rows, stored, (1 << (p->inputs - i)) - 1, sum);
-    avx512_sums(sum, streams * rows, sums);
+    const float *x = (const float *)p->x + row * p->stride;
+    const int64_t apart = strip->apart, stride = p->stride;
+    const uint8_t *w = strip->w;
+    for (int t = 0; t < strip->times; t++, w += strip->step, sums += streams) {
+        __m512 sum[STREAMS * ROWS + 3];
+        int64_t i = 0;
+#pragma GCC unroll 35
+        for (int k = 0; k < streams * rows + 3; k++) sum[k] = _mm512_setzero_ps();
+        for (; i < p->inputs - 16; i += 16) avx512_step(w, apart, strip->ahead, streams, x, stride, i, rows, stored, ALL, sum);
+        avx512_step(w, apart, strip->ahead, streams, x, stride, i, rows, stored, mask_of(p->inputs - i), sum);
+        avx512_sums(sum, streams, rows, sums);
+    }
 }
 
 /* The same for W and x of bfloat16, by instructions that multiply pairs. */
 AVX512_BF16 INLINE __m512bh bfloat16_pairs(const uint16_t *from, int there) {
-    return (__m512bh)(there == ALL ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((__mmask32)there, from));
+    return (__m512bh)(WHOLE(there) ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((__mmask32)there, from));
 }
 
 AVX512_BF16 INLINE void bfloat16_step(
-    const uint8_t *const *w, int streams, const uint16_t *x, int64_t inputs, int64_t i, int rows, int there, __m512 *sum
+    const uint8_t *w, int64_t apart, int64_t ahead, int streams, const uint16_t *x, int64_t stride, int64_t i, int rows, int there,
+    __m512 *sum
 ) {
     __m512bh weights[STREAMS];
     for (int s = 0; s < streams; s++) {
-        _mm_prefetch((const char *)w[s] + i * 2 + AHEAD, _MM_HINT_T0);
-        weights[s] = bfloat16_pairs((const uint16_t *)w[s] + i, there);
+        if (streams * rows < STREAMS * TALL) _mm_prefetch((const char *)w + s * apart + i * 2 + ahead, _MM_HINT_T0);
+        weights[s] = bfloat16_pairs((const uint16_t *)(w + s * apart) + i, there);
     }
     for (int r = 0; r < rows; r++) {
-        __m512bh numbers = bfloat16_pairs(x + r * inputs + i, there);
-        for (int s = 0; s < streams; s++) sum[s * rows + r] = _mm512_dpbf16_ps(sum[s * rows + r], weights[s], numbers);
+        __m512bh numbers = bfloat16_pairs(x + r * stride + i, there);
+        for (int s = 0; s < streams; s++) sum[r * streams + s] = _mm512_dpbf16_ps(sum[r * streams + s], weights[s], numbers);
     }
 }
 
 AVX512_BF16 INLINE void bfloat16_rows(
-    const uint8_t *const *w, int streams, const Plain *p, int64_t row, int rows, float *sums
+    const Plain *p, const Strip *strip, int streams, int64_t row, int rows, float *sums
 ) {
-    const uint16_t *x = (const uint16_t *)p->x + row * p->inputs;
-    __m512 sum[STREAMS * ROWS + 3];
-    for (int k = 0; k < streams * rows + 3; k++) sum[k] = _mm512_setzero_ps();
-    int64_t i = 0;
-    for (; i + 32 <= p->inputs; i += 32) bfloat16_step(w, streams, x, p->inputs, i, rows, ALL, sum);
-    if (i < p->inputs) bfloat16_step(w, streams, x, p->inputs, i, rows, (int)((1u << (p->inputs - i)) - 1), sum);
-    avx512_sums(sum, streams * rows, sums);
+    const uint16_t *x = (const uint16_t *)p->x + row * p->stride;
+    const int64_t apart = strip->apart, stride = p->stride;
+    const uint8_t *w = strip->w;
+    for (int t = 0; t < strip->times; t++, w += strip->step, sums += streams) {
+        __m512 sum[STREAMS * ROWS + 3];
+        int64_t i = 0;
+#pragma GCC unroll 35
+        for (int k = 0; k < streams * rows + 3; k++) sum[k] = _mm512_setzero_ps();
+        for (; i < p->inputs - 32; i += 32) bfloat16_step(w, apart, strip->ahead, streams, x, stride, i, rows, ALL, sum);
+        bfloat16_step(w, apart, strip->ahead, streams, x, stride, i, rows, mask_of(p->inputs - i), sum);
+        avx512_sums(sum, streams, rows, sums);
+    }
 }
 
 /* Each number of rows and of streams, and each way in which W is stored, is code of its own. */
 #define FOR_STORED(name, streams, rows) \
-    if (p->stored == BFLOAT16) name(w, streams, p, row, rows, BFLOAT16, sums); \
-    else if (p->stored == FLOAT16) name(w, streams, p, row, rows, FLOAT16, sums); \
-    else name(w, streams, p, row, rows, FLOAT32, sums);
-#define FOR_BOTH(name, streams, rows) name(w, streams, p, row, rows, sums);
+    if (p->stored == BFLOAT16) name(p, strip, streams, row, rows, BFLOAT16, sums); \
+    else if (p->stored == FLOAT16) name(p, strip, streams, row, rows, FLOAT16, sums); \
+    else name(p, strip, streams, row, rows, FLOAT32, sums);
+#define FOR_BOTH(name, streams, rows) name(p, strip, streams, row, rows, sums);
 #define CASE(each, name, rows, streams) case rows + streams * 16: each(name, streams, rows) break;
 #define CASES(each, name, rows) CASE(each, name, rows, 1) CASE(each, name, rows, 2)
-#define BY_SIZE(target, function, each, name) \
+#define BY_SIZE(target, function, each, name, MORE) \
     target static void function( \
-        const uint8_t *const *w, int streams, const Plain *p, int64_t row, int rows, float *sums \
+        const Plain *p, const Strip *strip, int streams, int64_t row, int rows, float *sums \
     ) { \
         switch (rows + streams * 16) { \
             CASES(each, name, 1) CASES(each, name, 2) CASES(each, name, 3) CASES(each, name, 4) CASES(each, name, 5) \
             CASES(each, name, 6) CASES(each, name, 7) CASES(each, name, 8) CASE(each, name, 1, 4) CASE(each, name, 2, 4) \
+            MORE(each, name) \
         } \
     }
 
-BY_SIZE(AVX2, avx2, FOR_STORED, avx2_rows)
-BY_SIZE(AVX512, avx512, FOR_STORED, avx512_rows)
-BY_SIZE(AVX512_BF16, avx512_bf16, FOR_BOTH, bfloat16_rows)
+#define MORE_OF_4(each, name) CASE(each, name, 3, 4) CASE(each, name, 4, 4) CASE(each, name, 5, 4) CASE(each, name, 6, 4)
+#define MORE_OF_3(each, name) CASE(each, name, 1, 3) CASE(each, name, 2, 3) CASE(each, name, 3, 3) CASE(each, name, 4, 3)
+BY_SIZE(AVX2, avx2, FOR_STORED, avx2_rows, MORE_OF_3)
+BY_SIZE(AVX512, avx512, FOR_STORED, avx512_rows, MORE_OF_4)
+BY_SIZE(AVX512_BF16, avx512_bf16, FOR_BOTH, bfloat16_rows, MORE_OF_4)
 #endif
 
 /* ------------------------------------------------------------------------------------------------- what Python calls */
 
-/* Whether x of bfloat16 is multiplied as it is. */
-INLINE int as_it_is(int dtype, int stored, int variant) {
-    return dtype == FLOAT32 || (variant >= USES_AVX512_BF16 && stored == BFLOAT16);
+/* Whether x of bfloat16 is multiplied as it is, two numbers at once. */
+int llama_multiplies_pairs(int stored, int variant) { return variant >= USES_AVX512_BF16 && stored == BFLOAT16; }
+
+/* Whether x is multiplied as it is. */
+static int as_it_is(int dtype, int stored, int variant) {
+    return dtype == FLOAT32 || llama_multiplies_pairs(stored, variant);
 }
 
-/* `streams` rows of W, the first ones of as many parts of W, against all n rows of x. */
-static void some_rows(const Plain *p, int64_t first, int64_t apart, int streams, int64_t n, int variant) {
-    const uint8_t *w[STREAMS];
-    for (int s = 0; s < streams; s++) w[s] = p->w + (first + s * apart) * p->inputs * bytes_of(p->stored);
-    int together = n > FEW && streams > 2 ? 2 : streams; /* so that sums are in registers */
-    for (int begin = 0; begin < streams; begin += together)
-        for (int64_t row = 0; row < n; row += ROWS) {
-            int rows = n - row < ROWS ? (int)(n - row) : ROWS;
-            float sums[STREAMS * ROWS];
+/* A row of x in the form that the variant reads. */
+static void copy_row(const void *x, uint8_t *copy, int64_t row, const Plain *p, int as_is) {
+    int64_t size = bytes_of(p->dtype);
+    if (as_is) memcpy(copy + row * p->stride * size, (const uint8_t *)x + row * p->inputs * size, p->inputs * size);
+    else
+        for (int64_t i = 0; i < p->inputs; i++)
+            ((float *)copy)[row * p->stride + i] = from_bfloat16(((const uint16_t *)x)[row * p->inputs + i]);
+}
+
+/* `times` times `streams` rows of W, the first of which is `first`: those of a time are `apart` rows from each other, and
+   `step` from the next time's. */
+typedef struct {
+    int64_t first, apart, step;
+    int times, streams;
+} Place;
+
+/* The sums of a strip → their places in y. */
+INLINE void write_sums(const Plain *p, const Place *at, int64_t row, int rows, const float *sums, int dtype) {
+    const int streams = at->streams, count = at->times * streams;
+    for (int r = 0; r < rows; r++) {
+        const float *line = sums + r * LINE;
+        int64_t to = (row + r) * p->outputs + at->first;
+        if (at->apart == 1 || streams == 1)
+#pragma omp simd
+            for (int i = 0; i < count; i++) write_number(p->y, dtype, to + i, line[i]);
+        else
+            for (int i = 0; i < count; i++)
+                write_number(p->y, dtype, to + i / streams * at->step + i % streams * at->apart, line[i]);
+    }
+}
+
+#define WRITE(target, name) \
+    target static void name(const Plain *p, const Place *at, int64_t row, int rows, const float *sums) { \
+        if (p->dtype == BFLOAT16) write_sums(p, at, row, rows, sums, BFLOAT16); \
+        else write_sums(p, at, row, rows, sums, FLOAT32); \
+    }
+WRITE(, write_portable)
 #if X86
-            if (p->dtype == BFLOAT16 && as_it_is(BFLOAT16, p->stored, variant))
-                avx512_bf16(w + begin, together, p, row, rows, sums);
-            else if (variant >= USES_AVX512) avx512(w + begin, together, p, row, rows, sums);
-            else if (variant == USES_AVX2) avx2(w + begin, together, p, row, rows, sums);
-            else
+WRITE(AVX2, write_avx2)
+WRITE(AVX512, write_avx512)
 #endif
-                portable_rows(w + begin, together, p, row, rows, sums);
-            for (int s = 0; s < together; s++)
-                for (int r = 0; r < rows; r++)
-                    write_number(p->y, p->dtype, (row + r) * p->outputs + first + (begin + s) * apart, sums[s * rows + r]);
-        }
+
+/* A strip against rows row … row + rows − 1 of x. */
+static void strip(const Plain *p, const Place *at, int64_t row, int rows, int variant) {
+    int64_t bytes = p->inputs * bytes_of(p->stored);
+    const Strip own = {p->w + at->first * bytes, at->apart * bytes, at->step * bytes, at->apart == 1 ? AHEAD_NEAR : AHEAD, at->times};
+    float sums[ROWS * LINE];
+#if X86
+    if (variant >= USES_AVX512) {
+        if (p->pairs) avx512_bf16(p, &own, at->streams, row, rows, sums);
+        else avx512(p, &own, at->streams, row, rows, sums);
+        write_avx512(p, at, row, rows, sums);
+        return;
+    }
+    if (variant == USES_AVX2) {
+        avx2(p, &own, at->streams, row, rows, sums);
+        write_avx2(p, at, row, rows, sums);
+        return;
+    }
+#endif
+    portable_rows(p, &own, at->streams, row, rows, sums);
+    write_portable(p, at, row, rows, sums);
 }
 
-/* Bytes of the workspace that a product of n rows needs. */
+INLINE int at_most(int64_t number, int most) { return number < most ? (int)number : most; }
+
+/* Rows begin … end of W against few rows of x: W is read from memory, at STREAMS places. */
+static void few_rows(const Plain *p, int64_t begin, int64_t end, int64_t n, int variant) {
+    int64_t apart = (end - begin) / STREAMS, left = begin + apart * STREAMS;
+    int together = n > FEW ? 2 : STREAMS; /* so that sums are in registers */
+    for (int64_t first = begin; first < begin + apart; first += MOST_TIMES)
+        for (int s = 0; s < STREAMS; s += together)
+            for (int64_t row = 0; row < n; row += ROWS) {
+                const Place at = {first + s * apart, apart, 1, at_most(begin + apart - first, MOST_TIMES), together};
+                strip(p, &at, row, at_most(n - row, ROWS), variant);
+            }
+    const Place last = {left, 0, 1, (int)(end - left), 1};
+    for (int64_t row = 0; row < n && left < end; row += ROWS) strip(p, &last, row, at_most(n - row, ROWS), variant);
+}
+
+/* The same against many rows of x: what of W is near meets all of x, TALL rows at a time, which stay nearer. */
+void llama_multiply_near(const Plain *p, int64_t begin, int64_t end, int64_t n, int variant) {
+    int streams = n == 1 ? 1 : variant == USES_AVX2 ? AVX2_STREAMS : STREAMS, tall = variant == USES_AVX2 ? AVX2_TALL : TALL;
+    int64_t most = NEAR / (p->inputs * bytes_of(p->stored)) / streams * streams + streams;
+    for (int64_t first = begin; first < end; first += most) {
+        int64_t stop = end - first < most ? end : first + most;
+        for (int64_t row = 0; row < n; row += tall) {
+            Place at = {first, 1, streams, 0, streams};
+            for (; at.first + streams <= stop; at.first += at.times * streams) {
+                at.times = at_most((stop - at.first) / streams, MOST_TIMES);
+                strip(p, &at, row, at_most(n - row, tall), variant);
+            }
+            const Place last = {at.first, 0, 1, (int)(stop - at.first), 1};
+            if (last.times) strip(p, &last, row, at_most(n - row, tall), variant);
+        }
+    }
+}
+
+/* Numbers from one row of a copy of x to the next: an odd number of cache lines, so that the same inputs of many rows are
+   not in the same places of the cache. */
+static int64_t copied_stride(int64_t inputs, int64_t size) {
+    int64_t per_line = 64 / size;
+    return ((inputs + per_line - 1) / per_line | 1) * per_line;
+}
+
+/* Bytes of the workspace that a product of n rows needs: for a copy of x, unless few rows are multiplied as they are. */
 int64_t llama_plain_workspace(int64_t n, int64_t inputs, int dtype, int stored, int variant) {
-    return as_it_is(dtype, stored, variant) ? 0 : 64 + n * inputs * 4;
+    int as_is = as_it_is(dtype, stored, variant);
+    int64_t size = as_is ? bytes_of(dtype) : 4;
+    return as_is && n <= MOST_FEW ? 0 : 64 + n * copied_stride(inputs, size) * size;
 }
 
 /* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, x and y of `dtype`, W `stored` as bfloat16, float16 or float32. */
@@ -254,18 +379,25 @@ void llama_plain_product(
     const void *x, const uint8_t *w, void *y, uint8_t *workspace, int64_t n, int64_t inputs, int64_t outputs, int dtype,
     int stored, int variant, int threads
 ) {
-    Plain p = {x, w, y, inputs, outputs, dtype, stored};
-    if (!as_it_is(dtype, stored, variant)) {
-        float *wide = (float *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
-        for (int64_t i = 0; i < n * inputs; i++) wide[i] = from_bfloat16(((const uint16_t *)x)[i]);
-        p.x = wide;
-    }
+    int as_is = as_it_is(dtype, stored, variant), copied = !as_is || n > MOST_FEW;
+    int64_t size = as_is ? bytes_of(dtype) : 4, stride = copied ? copied_stride(inputs, size) : inputs;
+    uint8_t *copy = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
+    Plain p = {copied ? copy : x, w, y, inputs, outputs, stride, dtype, stored, as_is && dtype == BFLOAT16};
     int64_t share = (outputs + threads - 1) / threads;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-    for (int thread = 0; thread < threads; thread++) {
-        int64_t begin = thread * share, end = begin + share < outputs ? begin + share : outputs;
-        int64_t apart = end > begin ? (end - begin) / STREAMS : 0;
-        for (int64_t row = begin; row < begin + apart; row++) some_rows(&p, row, apart, STREAMS, n, variant);
-        for (int64_t row = begin + apart * STREAMS; row < end; row++) some_rows(&p, row, 0, 1, n, variant);
+    if (copied && n <= MOST_FEW) /* one thread is faster than waking the others */
+        for (int64_t row = 0; row < n; row++) copy_row(x, copy, row, &p, as_is);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (n > MOST_FEW) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < n; row++) copy_row(x, copy, row, &p, as_is);
+        }
+#pragma omp for schedule(static, 1) nowait
+        for (int thread = 0; thread < threads; thread++) {
+            int64_t begin = thread * share, end = begin + share < outputs ? begin + share : outputs;
+            if (begin >= end) continue;
+            if (n <= MOST_FEW) few_rows(&p, begin, end, n, variant);
+            else llama_multiply_near(&p, begin, end, n, variant);
+        }
     }
 }

@@ -1,4 +1,4 @@
-"""Products of few rows with weights as they are stored, on a CPU: see plain.c."""
+"""Products with weights as they are stored, on a CPU: see plain.c."""
 
 import torch
 from torch import Tensor
@@ -11,16 +11,17 @@ WIDENED_AT_ONCE = 1 << 22  # weights, 16 MB in float32
 
 
 def most_rows() -> int:
-    """How many rows our kernels multiply at once: for more, PyTorch's products are faster."""
+    """How many rows our kernels multiply at once, unless results are to be the same for any number: for more, PyTorch's
+    products may be faster."""
     return 4 if VARIANTS[variant()] == "portable" else 16
 
 
-def can_multiply(weight: Tensor, dtype: torch.dtype, rows: int) -> bool:
-    """Whether our kernels multiply these weights (R, C) with so many rows of `dtype`."""
+def can_multiply(weight: Tensor, dtype: torch.dtype, rows: int, invariant: bool = False) -> bool:
+    """Whether our kernels multiply these weights (R, C) with so many rows of `dtype`; any number where `invariant`."""
     if weight.device.type != "cpu" or weight.dim() != 2:
         return False  # first: this is asked before each product, on a GPU too
     known = weight.dtype == dtype or (dtype == torch.float32 and weight.dtype in STORED_CODES)
-    return known and cpu_library(torch.empty(0, dtype=dtype)) is not None and rows <= most_rows()
+    return known and cpu_library(torch.empty(0, dtype=dtype)) is not None and (invariant or rows <= most_rows())
 
 
 def held_dtype(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from llama.kernels.dispatch import cpu_library, gpu_kernels
-from llama.kernels.library import DTYPE_CODES, FORMAT_CODES, VARIANTS, load, on_huge_pages, variant
+from llama.kernels.library import DTYPE_CODES, FORMAT_CODES, VARIANTS, load, on_huge_pages, variant, without_tiles
 from llama.quantization.formats import FORMATS
 from llama.quantization.quantize import DEQUANTIZE, QUANTIZE
 
@@ -81,8 +81,10 @@ def is_packed(weight: Tensor) -> bool:
     return weight.dim() == 4
 
 
-def packed_product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
-    """x (N, C) · W (outputs, C)ᵀ → (N, outputs), from quantised weights or packed ones."""
+def packed_product(
+    x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int, invariant: bool = False
+) -> Tensor:  # fmt: skip
+    """x (N, C) · W (outputs, C)ᵀ → (N, outputs), from quantised weights or packed ones. `invariant`: see linear.py."""
     if torch.compiler.is_compiling():
         y: Tensor = torch.ops.llama.packed_product(x, weight, scales, outputs)
         return y
@@ -91,17 +93,21 @@ def packed_product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: in
         assert scales is not None  # only a CPU has packed weights that are not quantised
         few = n <= gpu.MOST_ROWS
         return gpu.product(x, weight, scales, outputs) if few else linear(x, gpu.dequantize(weight, scales, x.dtype))
-    library = cpu_library(x)
-    if not is_packed(weight) or library is None or n > library.llama_most_rows(DTYPE_CODES[x.dtype], variant()):
+    library, most = cpu_library(x), variant()
+    if invariant:
+        most = without_tiles(most)
+    elif library and n > library.llama_most_rows(DTYPE_CODES[x.dtype], most):
+        library = None
+    if not is_packed(weight) or library is None:
         assert scales is not None  # the library multiplies any number of rows with packed bfloat16 weights
         return _by_blocks(x, weight, scales, outputs)
     x = x.contiguous()
     y = torch.empty((n, outputs), dtype=x.dtype)
     dtype, code, threads = DTYPE_CODES[x.dtype], FORMAT_CODES[weight.dtype], torch.get_num_threads()
-    workspace = torch.empty(library.llama_workspace(n, inputs, dtype, code, variant(), threads), dtype=torch.uint8)
+    workspace = torch.empty(library.llama_workspace(n, inputs, dtype, code, most, threads), dtype=torch.uint8)
     library.llama_product(
         x.data_ptr(), weight.data_ptr(), 0 if scales is None else scales.data_ptr(), y.data_ptr(), workspace.data_ptr(),
-        n, inputs, outputs, dtype, code, variant(), threads,
+        n, inputs, outputs, dtype, code, most, threads,
     )  # fmt: skip
     return y
 

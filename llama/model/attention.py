@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llama.kernels.dispatch import GPUKernels, cpu_library, gpu_kernels
-from llama.kernels.ops import CPU_MAX_HEAD_DIM, attend
+from llama.kernels.ops import attend
 from llama.model.flash_attention import flash_kernel_reads, plan_flash
 from llama.model.kv_cache import KVCache, slot_view
 from llama.model.step import SHORT, Span, Step
@@ -53,10 +53,10 @@ class RowPlan(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class SingleQueries(RowPlan):
-    """Single queries, one a sequence, by our kernel for CPUs in one call."""
+class CPUQueries(RowPlan):
+    """Queries by our kernel for CPUs, in one call: each token's attention is the same to the bit in any company."""
 
-    rows: Tensor  # (n,) int64, of the step
+    rows: Tensor  # (n,) int64, of the step, those of a span side by side
     starts: Tensor  # (n,) int64, token rows of the cache where their slots begin
     lengths: Tensor  # (n,) int64
     longest: int
@@ -117,26 +117,25 @@ class Together(RowPlan):
             plan.write(q, keys, values, out)
 
 
-def plan(step: Step, cache: KVCache) -> AttentionPlan:
+def plan(step: Step, cache: KVCache, invariant: bool = False) -> AttentionPlan:
     """Single queries go to our kernels, in one call; prompts on CUDA to the flash kernel; SDPA takes what is left.
 
-    On a CPU the tokens of a short span are single queries too: a token's attention is then the same to the bit, whether
-    it is computed alone or with those around it.
+    On a CPU our kernel takes short spans too, so that a few drafts are computed as they are one after the other, and
+    all of them where results are to be `invariant`.
     """
     gpu = gpu_kernels_for(cache)
     if gpu and step.decodes:
         return GPUSingleQueries(gpu, step.slots, step.positions)
     if flash_kernel_reads(cache.keys[0]):
         return plan_flash(step, cache)
-    short = 1 if gpu or step.tokens.device.type != "cpu" else SHORT
-    singles = [single for span in step.spans if span.n <= short for single in span.singles()]
-    rest = [span for span in step.spans if span.n > short]
-    if not (gpu or _cpu_kernel_reads(cache.keys[0])):
-        singles, rest = [], singles + rest
-    sdpa = SDPA(tuple(rest), tuple(_chunk_mask(span, step.tokens.device) for span in rest))
-    if not singles:
+    on_cpu = cpu_library(torch.empty(0, dtype=cache.dtype, device=step.tokens.device)) is not None
+    most = 1 if gpu else 0 if not on_cpu else max(span.n for span in step.spans) if invariant else SHORT
+    own, rest = (tuple(span for span in step.spans if (span.n <= most) is short) for short in (True, False))
+    sdpa = SDPA(rest, tuple(_chunk_mask(span, step.tokens.device) for span in rest))
+    if not own:
         return sdpa
-    return Together((_gpu_singles(singles, step, gpu) if gpu else _cpu_singles(singles, cache), sdpa))
+    mine = _gpu_singles(own, step, gpu) if gpu else _cpu_queries(own, cache)
+    return Together((mine, sdpa)) if rest else mine
 
 
 def gpu_kernels_for(cache: KVCache) -> GPUKernels | None:
@@ -144,14 +143,13 @@ def gpu_kernels_for(cache: KVCache) -> GPUKernels | None:
     return gpu_kernels(torch.empty(0, dtype=cache.dtype, device=cache.keys[0].device))
 
 
-def _cpu_kernel_reads(keys: Tensor) -> bool:
-    return cpu_library(keys) is not None and keys.shape[-1] <= CPU_MAX_HEAD_DIM
-
-
-def _cpu_singles(spans: Sequence[Span], cache: KVCache) -> SingleQueries:
-    columns = [(span.first_row, span.slot * cache.max_seq_len, span.length) for span in spans]
-    rows, starts, lengths = torch.tensor(columns, dtype=torch.int64).T.contiguous()
-    return SingleQueries(rows, starts, lengths, max(span.length for span in spans))
+def _cpu_queries(spans: Sequence[Span], cache: KVCache) -> CPUQueries:
+    rows = torch.cat([torch.arange(span.first_row, span.first_row + span.n) for span in spans])
+    lengths = torch.cat([torch.arange(span.start + 1, span.length + 1) for span in spans])
+    starts = torch.tensor([span.slot * cache.max_seq_len for span in spans]).repeat_interleave(
+        torch.tensor([span.n for span in spans])
+    )
+    return CPUQueries(rows, starts, lengths, max(span.length for span in spans))
 
 
 def _gpu_singles(spans: Sequence[Span], step: Step, gpu: GPUKernels) -> GatheredRows:

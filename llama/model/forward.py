@@ -44,6 +44,7 @@ class Model(Protocol):
 
     params: ModelArgs
     prepared: Prepared
+    batch_invariant: bool
 
     @property
     def device(self) -> torch.device: ...
@@ -62,7 +63,7 @@ def forward(model: Model, step: Step, cache: KVCache) -> Tensor:
         if step.decodes and (run := gpu_step(len(step.tokens), model, cache)):
             return run(model, freqs_cis, step, cache)
     own = freqs_cis[step.positions][:, None]
-    inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), own, plan(step, cache))
+    inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), own, plan(step, cache, model.batch_invariant))
     return model.layer_by_layer(step, inputs)
 
 

@@ -20,11 +20,14 @@ FEW_ROWS = 64  # up to so many a CPU multiplies half-precision weights faster fr
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
-    """x (N, inputs) · weight (outputs, inputs)ᵀ → (N, outputs), contiguous; the weight may be quantised, or packed."""
+def product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int, invariant: bool = False) -> Tensor:
+    """x (N, inputs) · weight (outputs, inputs)ᵀ → (N, outputs), contiguous; the weight may be quantised, or packed.
+
+    `invariant`: a row comes out the same to the bit for any N. Only where kernels/invariance.py says that it can be.
+    """
     if scales is not None or is_packed(weight):
-        return packed_product(x, weight, scales, outputs)
-    if can_multiply(weight, x.dtype, x.shape[0]):
+        return packed_product(x, weight, scales, outputs, invariant)
+    if can_multiply(weight, x.dtype, x.shape[0], invariant):
         return plain_product(x, weight)
     if weight.dtype != x.dtype:
         return widened_product(x, weight)
@@ -39,10 +42,11 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]  # fairscale has
     """Each rank computes its own outputs; they are gathered where all ranks need all of them."""
 
     scales: Tensor | None = None
+    invariant = False  # see `product`
     ranks: int
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _plus(product(x, self.weight, self.scales, self.output_size_per_partition), self.bias)
+        y = _plus(product(x, self.weight, self.scales, self.output_size_per_partition, self.invariant), self.bias)
         return gather_from_model_parallel_region(y) if self.gather_output and self.ranks > 1 else y
 
 
@@ -50,10 +54,11 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]  # fairscale has no ty
     """Each rank has its own inputs; the partial sums are added over the ranks."""
 
     scales: Tensor | None = None
+    invariant = False  # see `product`
     ranks: int
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(x, self.weight, self.scales, self.out_features)
+        y = product(x, self.weight, self.scales, self.out_features, self.invariant)
         return _plus(reduce_from_model_parallel_region(y) if self.ranks > 1 else y, self.bias)
 
 

@@ -1,6 +1,6 @@
 """`Step`: the contents of one pass through the model, a packed list of tokens of any number of sequences."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,6 @@ class Span:
     @property
     def rows(self) -> slice:
         return slice(self.first_row, self.first_row + self.n)
-
-    def singles(self) -> Iterator["Span"]:
-        """Its tokens as spans of their own."""
-        return (Span(self.slot, self.first_row + i, 1, self.start + i) for i in range(self.n))
 
 
 @dataclass(frozen=True, slots=True)

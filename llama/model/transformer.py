@@ -12,7 +12,7 @@ from llama.kernels.ops import add_norm, rope_and_store, silu_and_mul
 from llama.model.args import ModelArgs
 from llama.model.forward import LayerInputs, Prepared, forward
 from llama.model.kv_cache import KVCache
-from llama.model.linear import column_parallel, parallel_embedding, row_parallel
+from llama.model.linear import ColumnLinear, RowLinear, column_parallel, parallel_embedding, row_parallel
 from llama.model.step import Step
 from llama.parallel import model_parallel_size
 
@@ -97,10 +97,13 @@ class Transformer(nn.Module):
     """The model of one rank. It is built without memory, on the meta device: `checkpoint.loader` gives it weights.
 
     `weight_format` is that of its matrices (None: as they are stored), `kv_dtype` that of its caches (None: as the
-    weights).
+    weights). `batch_invariant`: a token's logits are the same to the bit whatever else is computed in its step.
     """
 
-    def __init__(self, args: ModelArgs, *, weight_format: str | None = None, kv_dtype: str | None = None) -> None:
+    def __init__(
+        self, args: ModelArgs, *, weight_format: str | None = None, kv_dtype: str | None = None,
+        batch_invariant: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.params = args
         self.weight_format = weight_format or args.quantize
@@ -110,6 +113,10 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = column_parallel(args.dim, args.vocab_size, gather=True)
         self.prepared = Prepared()  # what `forward` keeps between steps
+        self.batch_invariant = batch_invariant
+        for module in self.modules():
+            if isinstance(module, ColumnLinear | RowLinear):
+                module.invariant = batch_invariant
 
     @property
     def device(self) -> torch.device:
