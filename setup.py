@@ -26,7 +26,7 @@ setup(
             "llama.kernels.cpu",
             [
                 f"llama/kernels/{name}.c"
-                for name in ("quantize", "pack", "quantized", "plain", "tiles", "ops", "sample", "decode_step")
+                for name in ("quantize", "pack", "quantized", "plain", "tiles", "neon", "ops", "sample", "decode_step")
             ],
             depends=["llama/kernels/kernels.h"],
             optional=True,

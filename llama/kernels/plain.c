@@ -218,7 +218,7 @@ BY_SIZE(AVX512_BF16, avx512_bf16, FOR_BOTH, bfloat16_rows)
 
 /* Whether x of bfloat16 is multiplied as it is. */
 INLINE int as_it_is(int dtype, int stored, int variant) {
-    return dtype == FLOAT32 || (variant >= USES_AVX512_BF16 && stored == BFLOAT16);
+    return dtype == FLOAT32 || (variant >= (ARM ? USES_BF16 : USES_AVX512_BF16) && stored == BFLOAT16);
 }
 
 /* `streams` rows of W, the first ones of as many parts of W, against all n rows of x. */
@@ -235,6 +235,11 @@ static void some_rows(const Plain *p, int64_t first, int64_t apart, int streams,
                 avx512_bf16(w + begin, together, p, row, rows, sums);
             else if (variant >= USES_AVX512) avx512(w + begin, together, p, row, rows, sums);
             else if (variant == USES_AVX2) avx2(w + begin, together, p, row, rows, sums);
+            else
+#elif ARM
+            int pairs = p->dtype == BFLOAT16 && as_it_is(BFLOAT16, p->stored, variant);
+            const uint8_t *own = (const uint8_t *)p->x + row * p->inputs * (pairs ? 2 : 4);
+            if (variant >= USES_NEON) llama_arm_rows(w + begin, together, own, p->inputs, rows, p->stored, pairs, sums);
             else
 #endif
                 portable_rows(w + begin, together, p, row, rows, sums);
