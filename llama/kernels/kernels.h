@@ -110,6 +110,7 @@ typedef struct {
     int8_t *q;             /* (n, inputs) */
     float *scale;          /* (n, groups) */
     int32_t *start;        /* (n, groups): −offset · Σ q */
+    int64_t paired;        /* so many rows lie in pairs: of a group, eight inputs of one beside eight of the other */
 } Rows;
 
 /* ------------------------------------------------------------------------------------------------- the operations */

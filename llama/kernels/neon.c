@@ -1,5 +1,6 @@
 /* What plain.c and quantized.c multiply with on ARM64. NEON is on every such processor; `dotprod` has dot products of four
-   int8, and `bf16` of two bfloat16. They ran under an emulator only: how fast they are is not known.
+   int8; `bf16` has those of two bfloat16, and `i8mm`, which comes with it, products of small matrices of int8. All this
+   ran under an emulator only: how fast it is, is not known.
 
    As in the other variants, a row of W meets a row of x in the same order of operations whatever else is computed. */
 
@@ -23,7 +24,7 @@
 #endif
 #if defined(__clang__)
 #define KNOWN (__clang_major__ >= 16)
-#elif defined(__ARM_FEATURE_QRDMX) /* GCC cannot add to an -march that was given */
+#elif defined(__ARM_FEATURE_QRDMX) || defined(__ARM_FEATURE_CRYPTO) /* GCC cannot add to an -march that was given */
 #define KNOWN 0
 #else
 #define KNOWN (__GNUC__ >= 10)
@@ -33,10 +34,10 @@
 #elif KNOWN
 #define DOTPROD WITH("+dotprod")
 #endif
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#if defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && defined(__ARM_FEATURE_MATMUL_INT8)
 #define BF16
 #elif KNOWN
-#define BF16 WITH("+bf16")
+#define BF16 WITH("+dotprod+bf16+i8mm")
 #endif
 
 #if defined(DOTPROD)
@@ -53,9 +54,9 @@ enum { KNOWS_BF16 = 0 };
 /* ------------------------------------------------------------------------------------------------- the processor */
 
 #if defined(__linux__)
-enum { HAS_DOTPROD = 1 << 20, HAS_BF16 = 1 << 14 }; /* bits of AT_HWCAP and AT_HWCAP2, which old headers do not name */
+enum { HAS_DOTPROD = 1 << 20, HAS_BF16 = 3 << 13 }; /* bits of AT_HWCAP and AT_HWCAP2, which old headers do not name */
 static int has_dotprod(void) { return (getauxval(AT_HWCAP) & HAS_DOTPROD) != 0; }
-static int has_bf16(void) { return (getauxval(AT_HWCAP2) & HAS_BF16) != 0; }
+static int has_bf16(void) { return (getauxval(AT_HWCAP2) & HAS_BF16) == HAS_BF16; }
 #elif defined(__APPLE__)
 static int has(const char *feature) {
     int there = 0;
@@ -63,7 +64,7 @@ static int has(const char *feature) {
     return sysctlbyname(feature, &there, &size, 0, 0) == 0 && there;
 }
 static int has_dotprod(void) { return has("hw.optional.arm.FEAT_DotProd"); }
-static int has_bf16(void) { return has("hw.optional.arm.FEAT_BF16"); }
+static int has_bf16(void) { return has("hw.optional.arm.FEAT_BF16") && has("hw.optional.arm.FEAT_I8MM"); }
 #else
 static int has_dotprod(void) { return 0; }
 static int has_bf16(void) { return 0; }
@@ -126,7 +127,8 @@ BF16 INLINE void pairs_step(
     (void)stored;
     UNROLLED for (int half = 0; half < 2; half++, i += PAIRS_STEP / 2) {
         bfloat16x8_t weights[STREAMS];
-        UNROLLED for (int s = 0; s < streams; s++) weights[s] = vreinterpretq_bf16_u16(vld1q_u16((const uint16_t *)w[s] + i));
+        UNROLLED for (int s = 0; s < streams; s++)
+            weights[s] = vreinterpretq_bf16_u16(vld1q_u16((const uint16_t *)w[s] + i));
         UNROLLED for (int r = 0; r < rows; r++) {
             bfloat16x8_t numbers = vreinterpretq_bf16_u16(vld1q_u16((const uint16_t *)x + r * inputs + i));
             UNROLLED for (int s = 0; s < streams; s++)
@@ -216,6 +218,11 @@ INLINE void read_group(const uint8_t *w, int format, int8x16_t *weights) {
     }
 }
 
+/* Where a group's sums begin: int8 has no offset here. */
+INLINE int32x4_t start_of(const Rows *x, int64_t at, int format) {
+    return vdupq_n_s32(format == INT8 ? 0 : x->start[at]);
+}
+
 /* A group's sums of products, added to `dot`. Products of int8 fit 16 bits, and so do sums of two of them; of int4, sums
    of all eight. */
 INLINE int32x4_t neon_dot(const int8x16_t *weights, const int8_t *q, int32x4_t dot, int format) {
@@ -265,7 +272,7 @@ DOTPROD INLINE int32x4_t dotprod_dot(const int8x16_t *weights, const int8_t *q, 
                 float32x4_t scale = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(scales + v * LANES))); \
                 for (int n = 0; n < rows; n++) { \
                     int64_t at = (row + n) * x->groups + group; \
-                    int32x4_t dot = dot_of(weights, x->q + at * GROUP, vdupq_n_s32(x->start[at]), format); \
+                    int32x4_t dot = dot_of(weights, x->q + at * GROUP, start_of(x, at, format), format); \
                     sum[v][n] = vfmaq_f32(sum[v][n], vcvtq_f32_s32(dot), vmulq_n_f32(scale, x->scale[at])); \
                 } \
             } \
@@ -294,11 +301,69 @@ LANES_OF(DOTPROD, dotprod_lanes, dotprod_dot)
 BLOCK_BY_SIZE(DOTPROD, dotprod_block, dotprod_lanes)
 #endif
 
+#if defined(BF16)
+/* The same by products of 2 × 8 integers with 8 × 2, for rows of x in pairs; one that is left over goes as it does alone.
+   Integer sums are exact, and float32 sums are made in the same order, so a row's results are the same in either way. */
+BF16 INLINE void pairs_of_lanes(
+    const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t row, int vectors, int rows, int format, float *y
+) {
+    const int pairs = rows / 2, alone = rows % 2;
+    float32x4_t sum[BLOCK_ROWS / LANES][4][2], last[BLOCK_ROWS / LANES]; /* two rows of W by two of x; four by one */
+    for (int v = 0; v < vectors; v++) {
+        for (int pair = 0; pair < pairs; pair++) sum[v][pair][0] = sum[v][pair][1] = vdupq_n_f32(0);
+        last[v] = vdupq_n_f32(0);
+    }
+    for (int64_t group = 0; group < x->groups; group++, w += group_bytes(format), scales += BLOCK_ROWS)
+        for (int v = 0; v < vectors; v++) {
+            int8x16_t weights[FOURS];
+            read_group(w + v * LANES * 4, format, weights);
+            float32x4_t scale = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(scales + v * LANES)));
+            if (alone) {
+                int64_t at = (row + rows - 1) * x->groups + group;
+                int32x4_t dot = dotprod_dot(weights, x->q + at * GROUP, start_of(x, at, format), format);
+                last[v] = vfmaq_f32(last[v], vcvtq_f32_s32(dot), vmulq_n_f32(scale, x->scale[at]));
+            }
+            int8x16_t eights[2][FOURS / 2]; /* eight inputs of two rows of W, and of the next two */
+            for (int k = 0; k < FOURS / 2; k++) {
+                int32x4_t a = vreinterpretq_s32_s8(weights[k * 2]), b = vreinterpretq_s32_s8(weights[k * 2 + 1]);
+                eights[0][k] = vreinterpretq_s8_s32(vzip1q_s32(a, b));
+                eights[1][k] = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+            }
+            const float32x4_t wide[2] = {vzip1q_f32(scale, scale), vzip2q_f32(scale, scale)};
+            for (int pair = 0; pair < pairs; pair++) {
+                int64_t at = (row + pair * 2) * x->groups + group * 2; /* of both: see quantized.c */
+                float32x2_t own = vld1_f32(x->scale + at);
+                int32x2_t start = format == INT8 ? vdup_n_s32(0) : vld1_s32(x->start + at);
+                int32x4_t dot[2] = {vcombine_s32(start, start), vcombine_s32(start, start)};
+                for (int k = 0; k < FOURS / 2; k++) {
+                    int8x16_t numbers = vld1q_s8(x->q + at * GROUP + k * 16);
+                    for (int two = 0; two < 2; two++) dot[two] = vmmlaq_s32(dot[two], eights[two][k], numbers);
+                }
+                for (int two = 0; two < 2; two++)
+                    sum[v][pair][two] = vfmaq_f32(sum[v][pair][two], vcvtq_f32_s32(dot[two]),
+                                                  vmulq_f32(wide[two], vcombine_f32(own, own)));
+            }
+        }
+    for (int v = 0; v < vectors; v++, y += LANES) {
+        for (int pair = 0; pair < pairs; pair++) {
+            vst1q_f32(y + pair * 2 * BLOCK_ROWS, vuzp1q_f32(sum[v][pair][0], sum[v][pair][1]));
+            vst1q_f32(y + (pair * 2 + 1) * BLOCK_ROWS, vuzp2q_f32(sum[v][pair][0], sum[v][pair][1]));
+        }
+        if (alone) vst1q_f32(y + (rows - 1) * BLOCK_ROWS, last[v]);
+    }
+}
+BLOCK_BY_SIZE(BF16, pairs_block, pairs_of_lanes)
+#endif
+
 /* y (rows, BLOCK_ROWS): a block of W of int8 or int4 against `rows` rows of x, 8 at most. */
 void llama_arm_block(
     const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t row, int rows, int format, int variant, float *y
 ) {
     for (int first = 0; first < BLOCK_ROWS; first += rows > 4 ? BLOCK_ROWS / 2 : BLOCK_ROWS)
+#if defined(BF16)
+        if (variant >= USES_BF16) pairs_block(w + first * 4, scales + first, x, row, rows, format, y + first);
+        else
+#endif
 #if defined(DOTPROD)
         if (variant >= USES_DOTPROD) dotprod_block(w + first * 4, scales + first, x, row, rows, format, y + first);
         else

@@ -57,8 +57,13 @@ INLINE float quantize_group(const void *x, int dtype, int64_t first, int8_t *q, 
 INLINE void prepare_row(const void *x, int dtype, int64_t row, const Rows *to, int offset) {
     for (int64_t group = 0; group < to->groups; group++) {
         int32_t sum;
-        int64_t at = row * to->groups + group;
-        to->scale[at] = quantize_group(x, dtype, row * to->inputs + group * GROUP, to->q + at * GROUP, &sum);
+        int8_t own[GROUP];
+        int64_t from = row * to->inputs + group * GROUP, at = row * to->groups + group, other = row % 2;
+        if (ARM && row < to->paired) {
+            at += group - other * (to->groups - 1); /* beside the other row's */
+            to->scale[at] = quantize_group(x, dtype, from, own, &sum);
+            for (int i = 0; i < GROUP; i += 8) memcpy(to->q + (at - other) * GROUP + i * 2 + other * 8, own + i, 8);
+        } else to->scale[at] = quantize_group(x, dtype, from, to->q + at * GROUP, &sum);
         to->start[at] = -offset * sum;
     }
 }
@@ -356,7 +361,8 @@ void llama_product(
     uint8_t *at = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
     int64_t groups = inputs / GROUP, blocks = (outputs + BLOCK_ROWS - 1) / BLOCK_ROWS;
     int64_t share = (blocks + threads - 1) / threads;
-    Rows rows = {inputs, groups, x, (int8_t *)at, (float *)(at + n * inputs), (int32_t *)(at + n * (inputs + groups * 4))};
+    Rows rows = {inputs, groups, x, (int8_t *)at, (float *)(at + n * inputs), (int32_t *)(at + n * (inputs + groups * 4)),
+                 variant == USES_BF16 ? n / 2 * 2 : 0};
     if (variant > USES_AVX512) variant = USES_AVX512; /* no variant of ARM is */
     if (n < 4 && format != PLAIN) /* one thread is faster than waking the others */
         for (int64_t row = 0; row < n; row++) prepare(x, dtype, row, &rows, variant, format);
