@@ -107,6 +107,10 @@ static void *multiplied(const Product *p, const void *x, int64_t n, int threads)
 
 static int64_t padded(int64_t outputs) { return (outputs + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS; }
 
+static int64_t scale_place(const Product *p, int64_t out, int64_t in) {
+    return (out / BLOCK_ROWS * (p->inputs / GROUP) + in / GROUP) * BLOCK_ROWS + out % BLOCK_ROWS;
+}
+
 /* Integers of all values, also −128, which we write nowhere; scales of both signs. */
 static void make_quantised(Product *p) {
     int64_t groups = p->inputs / GROUP, per = p->format == INT8 ? GROUP : GROUP / 2, fours = per / 4;
@@ -121,8 +125,7 @@ static void make_quantised(Product *p) {
             const uint8_t *own = q + (out * groups + i / GROUP) * per;
             int64_t at = i % GROUP, half = GROUP / 2;
             int integer = p->format == INT8 ? (int8_t)own[at] : (at < half ? own[at] & 15 : own[at - half] >> 4) - 8;
-            double scale = get(p->scales, FLOAT16, (out / BLOCK_ROWS * groups + i / GROUP) * BLOCK_ROWS + out % BLOCK_ROWS);
-            p->exact[out * p->inputs + i] = scale * integer;
+            p->exact[out * p->inputs + i] = get(p->scales, FLOAT16, scale_place(p, out, i)) * integer;
         }
     free(q);
 }
@@ -181,7 +184,7 @@ static void check_poison(const Product *p, const void *x, const void *y) {
     float bad = BAD[below(3)];
     put(poisoned, p->dtype, row * p->inputs + in, bad);
     if (p->format < PLAIN)
-        ((uint16_t *)p->scales)[(out / BLOCK_ROWS * (p->inputs / GROUP) + in / GROUP) * BLOCK_ROWS + out % BLOCK_ROWS] = 0x7e00;
+        p->scales[scale_place(p, out, in)] = 0x7e00;
     else if (p->format >= AS_STORED) put(p->w, stored, out * p->inputs + in, stored == FLOAT16 ? NAN : bad);
     else out = -1; /* where a packed weight lies is not said again here */
     void *found = multiplied(p, poisoned, p->n, 1);
@@ -199,15 +202,19 @@ static void check_poison(const Product *p, const void *x, const void *y) {
 }
 
 static void check_product(int variant, int dtype, int format, int64_t n, int64_t inputs, int64_t outputs, float size) {
-    Product p = {variant, dtype, format, n, inputs, outputs, 0, 0, 0};
+    Product p = {.variant = variant, .dtype = dtype, .format = format, .n = n, .inputs = inputs, .outputs = outputs};
     make_weights(&p, format < PLAIN || size < 1 ? 1 : 1e-3f);
-    void *x = random_numbers(n * inputs, dtype, size), *y = multiplied(&p, x, n, 1), *by_several = multiplied(&p, x, n, SEVERAL);
-    int64_t row_bytes = outputs * size_of(dtype);
+    void *x = random_numbers(n * inputs, dtype, size), *y = multiplied(&p, x, n, 1);
+    void *by_several = multiplied(&p, x, n, SEVERAL);
+    int64_t row_bytes = outputs * size_of(dtype), rows;
     check_against_doubles(&p, x, y);
     CHECK(same(y, by_several, n * row_bytes), "variant %d, %s × %s, n %d: threads change bits", variant, DTYPES[dtype],
           FORMATS[format], (int)n);
-    for (int64_t begin = 0, rows = 1; begin < n; begin += rows, rows = 1 + below(4)) { /* alone, or with few others */
-        if (begin + rows > n) rows = n - begin;
+    int64_t least = format == PLAIN && n > 2 ? 3 : 1; /* tiles, which multiply those, are another order than vectors */
+    for (int64_t begin = 0; begin < n; begin += rows) { /* alone, or with few others */
+        rows = least + below(4);
+        if (rows > n) rows = n;
+        if (begin + rows > n) begin = n - rows;
         void *own = copy_of((char *)x + begin * inputs * size_of(dtype), rows * inputs * size_of(dtype));
         void *alone = multiplied(&p, own, rows, 1);
         CHECK(same(alone, (char *)y + begin * row_bytes, rows * row_bytes),
@@ -222,7 +229,7 @@ static void check_product(int variant, int dtype, int format, int64_t n, int64_t
 
 /* Zeros give zeros. */
 static void check_zeros(int variant, int dtype, int format) {
-    Product p = {variant, dtype, format, 3, 96, 17, 0, 0, 0};
+    Product p = {.variant = variant, .dtype = dtype, .format = format, .n = 3, .inputs = 96, .outputs = 17};
     make_weights(&p, 1);
     void *x = random_numbers(p.n * p.inputs, dtype, 0), *y = multiplied(&p, x, p.n, 1);
     for (int64_t i = 0; i < p.n * p.outputs; i++)
@@ -259,7 +266,7 @@ static void check_quantising(int variant, int dtype, int format) {
     enum { OUTPUTS = 19, GROUPS = 5 };
     int64_t count = OUTPUTS * GROUPS * GROUP, per = format == INT8 ? GROUP : GROUP / 2;
     double off = 0, all = 0;
-    Product p = {variant, dtype, format, 1, GROUPS * GROUP, OUTPUTS, 0, 0, 0};
+    Product p = {.inputs = GROUPS * GROUP};
     void *from = random_numbers(count, dtype, 1), *back = buffer(count * size_of(dtype));
     uint8_t *q = buffer(count / GROUP * per);
     uint16_t *scales = buffer(OUTPUTS * GROUPS * 2);
@@ -268,8 +275,7 @@ static void check_quantising(int variant, int dtype, int format) {
     llama_pack((const uint32_t *)q, (uint32_t *)p.w, OUTPUTS, GROUPS, per / 4, SEVERAL);
     for (int64_t out = 0; out < padded(OUTPUTS); out++)
         for (int64_t group = 0; group < GROUPS; group++)
-            p.scales[(out / BLOCK_ROWS * GROUPS + group) * BLOCK_ROWS + out % BLOCK_ROWS] =
-                out < OUTPUTS ? scales[out * GROUPS + group] : 0;
+            p.scales[scale_place(&p, out, group * GROUP)] = out < OUTPUTS ? scales[out * GROUPS + group] : 0;
     llama_dequantize(p.w, p.scales, back, p.inputs, OUTPUTS, dtype, format, variant, SEVERAL);
     for (int64_t i = 0; i < count; i++) {
         const uint8_t *own = q + i / GROUP * per;
@@ -314,7 +320,8 @@ static void check_norm(int variant, int dtype, int64_t n, int64_t dim) {
 
 static void check_silu_and_mul(int variant, int dtype, int64_t n, int64_t hidden) {
     int64_t size = size_of(dtype);
-    void *both = random_numbers(n * 2 * hidden, dtype, 9), *y = buffer(n * hidden * size), *again = buffer(n * hidden * size);
+    void *both = random_numbers(n * 2 * hidden, dtype, 9);
+    void *y = buffer(n * hidden * size), *again = buffer(n * hidden * size);
     llama_silu_and_mul(both, y, n, hidden, dtype, variant, 1);
     llama_silu_and_mul(both, again, n, hidden, dtype, variant, SEVERAL);
     CHECK(same(y, again, n * hidden * size), "SwiGLU, variant %d, %s: threads change bits", variant, DTYPES[dtype]);
@@ -331,7 +338,8 @@ static void check_silu_and_mul(int variant, int dtype, int64_t n, int64_t hidden
 static void check_rope_and_attention(int variant, int dtype, int64_t head_dim) {
     enum { N = 5, HEADS = 6, KV_HEADS = 2, ROOM = 32 };
     int64_t width = (HEADS + 2 * KV_HEADS) * head_dim, size = size_of(dtype), stride = ROOM * head_dim;
-    int64_t places[N] = {3, 0, 31, 7, 8}, rows[N] = {4, 2, 0, 1, 3}, starts[N] = {0, 5, 0, 31, 10}, lengths[N] = {32, 1, 17, 1, 9};
+    int64_t places[N] = {3, 0, 31, 7, 8}, rows[N] = {4, 2, 0, 1, 3};
+    int64_t starts[N] = {0, 5, 0, 31, 10}, lengths[N] = {32, 1, 17, 1, 9};
     void *heads = random_numbers(N * width, dtype, 1), *q = buffer(N * HEADS * head_dim * size);
     void *keys = random_numbers(KV_HEADS * stride, dtype, 1), *values = random_numbers(KV_HEADS * stride, dtype, 1);
     void *out = buffer(N * HEADS * head_dim * size), *alone = copy_of(q, N * HEADS * head_dim * size);
@@ -344,8 +352,10 @@ static void check_rope_and_attention(int variant, int dtype, int64_t head_dim) {
                 double a = get(heads, dtype, from + pair), b = get(heads, dtype, from + pair + 1);
                 double c = angles[token * head_dim + pair], s = angles[token * head_dim + pair + 1];
                 double exact = i % 2 ? a * s + b * c : a * c - b * s;
-                int64_t to = head < HEADS ? (token * HEADS + head) * head_dim : (head - HEADS) * stride + places[token] * head_dim;
-                CHECK(fabs(get(head < HEADS ? q : keys, dtype, to + i) - exact) <= 2 * tolerance(dtype),
+                int64_t own = (token * HEADS + head) * head_dim;
+                int64_t cached = (head - HEADS) * stride + places[token] * head_dim;
+                double found = head < HEADS ? get(q, dtype, own + i) : get(keys, dtype, cached + i);
+                CHECK(fabs(found - exact) <= 2 * tolerance(dtype),
                       "RoPE, variant %d, %s, head %d", variant, DTYPES[dtype], (int)head);
             }
     llama_attend(q, keys, values, out, rows, starts, lengths, scores, N, ROOM, stride, HEADS, KV_HEADS, head_dim, dtype,
@@ -356,7 +366,8 @@ static void check_rope_and_attention(int variant, int dtype, int64_t head_dim) {
         CHECK(same((char *)alone + rows[i] * HEADS * head_dim * size, (char *)out + rows[i] * HEADS * head_dim * size,
                    HEADS * head_dim * size), "attention, variant %d, %s: company changes bits", variant, DTYPES[dtype]);
         for (int64_t head = 0; head < HEADS; head++) {
-            int64_t own = (rows[i] * HEADS + head) * head_dim, slot = head / (HEADS / KV_HEADS) * stride + starts[i] * head_dim;
+            int64_t own = (rows[i] * HEADS + head) * head_dim;
+            int64_t slot = head / (HEADS / KV_HEADS) * stride + starts[i] * head_dim;
             double shares[ROOM], total = 0;
             for (int64_t position = 0; position < lengths[i]; position++) {
                 double dot = 0;
@@ -413,10 +424,14 @@ static void check_sampling(int variant, int64_t vocab) {
 
 enum { DIM = 32, HIDDEN = 64, VOCAB = 37, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 8, POSITIONS = 8, SLOTS = 2, LAYERS = 2 };
 
-static const void *matrix(int dtype, int64_t outputs, int64_t inputs) { return random_numbers(outputs * inputs, dtype, 0.3f); }
+static const void *matrix(int dtype, int64_t outputs, int64_t inputs) {
+    return random_numbers(outputs * inputs, dtype, 0.3f);
+}
 
-static float *stepped(const Layer *layers, const Ends *ends, Shape *s, int64_t n, const int64_t *tokens, const int64_t *slots,
-                      const int64_t *positions, int threads) {
+static float *stepped(
+    const Layer *layers, const Ends *ends, Shape *s, int64_t n, const int64_t *tokens, const int64_t *slots,
+    const int64_t *positions, int threads
+) {
     s->n = n, s->threads = threads;
     float *logits = buffer(n * VOCAB * 4);
     uint8_t *workspace = buffer(llama_step_workspace(s, POSITIONS));
@@ -432,31 +447,40 @@ static float *check_step(int variant, int dtype) {
     static const int64_t TOKENS[N] = {5, 0, 36, 7, 7, 1}, TO[N] = {0, 0, 1, 0, 1, 1}, AT[N] = {0, 1, 0, 2, 1, 2};
     int64_t size = size_of(dtype), cache = KV_HEADS * SLOTS * POSITIONS * HEAD_DIM * size;
     Layer layers[LAYERS], apart[LAYERS];
-    Shape s = {N, DIM, HIDDEN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, POSITIONS, SLOTS, 1e-5f, dtype, AS_STORED + dtype,
-               AS_STORED + dtype, variant, 1};
+    Shape s = {
+        .dim = DIM, .hidden = HIDDEN, .vocab = VOCAB, .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = HEAD_DIM,
+        .max_seq_len = POSITIONS, .slots = SLOTS, .eps = 1e-5f, .dtype = dtype, .format = AS_STORED + dtype,
+        .output_format = AS_STORED + dtype, .variant = variant,
+    };
     state = 7; /* so that every variant gets the same model */
     for (int i = 0; i < LAYERS; i++) {
-        layers[i] = (Layer){matrix(dtype, 1, DIM), matrix(dtype, (HEADS + 2 * KV_HEADS) * HEAD_DIM, DIM), 0,
-                            matrix(dtype, DIM, HEADS * HEAD_DIM), 0, matrix(dtype, 1, DIM), matrix(dtype, 2 * HIDDEN, DIM), 0,
-                            matrix(dtype, DIM, HIDDEN), 0, buffer(cache), buffer(cache)};
+        layers[i] = (Layer){
+            .attention_norm = matrix(dtype, 1, DIM), .wqkv = matrix(dtype, (HEADS + 2 * KV_HEADS) * HEAD_DIM, DIM),
+            .wo = matrix(dtype, DIM, HEADS * HEAD_DIM), .ffn_norm = matrix(dtype, 1, DIM),
+            .w13 = matrix(dtype, 2 * HIDDEN, DIM), .w2 = matrix(dtype, DIM, HIDDEN), .keys = buffer(cache),
+            .values = buffer(cache),
+        };
         apart[i] = layers[i];
         apart[i].keys = memset(buffer(cache), 0, (size_t)cache), apart[i].values = memset(buffer(cache), 0, (size_t)cache);
         memset(layers[i].keys, 0, (size_t)cache), memset(layers[i].values, 0, (size_t)cache);
     }
-    Ends ends = {matrix(dtype, VOCAB, DIM), matrix(dtype, 1, DIM), matrix(dtype, VOCAB, DIM), 0,
-                 random_numbers(POSITIONS * HEAD_DIM, FLOAT32, 1)};
+    Ends ends = {
+        .embeddings = matrix(dtype, VOCAB, DIM), .norm = matrix(dtype, 1, DIM), .output = matrix(dtype, VOCAB, DIM),
+        .freqs_cis = random_numbers(POSITIONS * HEAD_DIM, FLOAT32, 1),
+    };
     float *logits = stepped(layers, &ends, &s, N, TOKENS, TO, AT, SEVERAL);
     for (int i = 0; i < N; i++) {
         float *alone = stepped(apart, &ends, &s, 1, TOKENS + i, TO + i, AT + i, 1);
-        CHECK(same(alone, logits + i * VOCAB, VOCAB * 4), "a step, variant %d, %s: company changes bits of token %d", variant,
-              DTYPES[dtype], i);
+        CHECK(same(alone, logits + i * VOCAB, VOCAB * 4), "a step, variant %d, %s: company changes bits of token %d",
+              variant, DTYPES[dtype], i);
         free(alone);
     }
     for (int i = 0; i < LAYERS; i++) {
         CHECK(same(layers[i].keys, apart[i].keys, cache) && same(layers[i].values, apart[i].values, cache),
               "a step, variant %d, %s: company changes the cache", variant, DTYPES[dtype]);
         free(layers[i].keys), free(layers[i].values), free(apart[i].keys), free(apart[i].values);
-        const void *all[] = {layers[i].attention_norm, layers[i].wqkv, layers[i].wo, layers[i].ffn_norm, layers[i].w13, layers[i].w2};
+        const Layer *own = layers + i;
+        const void *all[] = {own->attention_norm, own->wqkv, own->wo, own->ffn_norm, own->w13, own->w2};
         for (int k = 0; k < 6; k++) free((void *)all[k]);
     }
     free((void *)ends.embeddings), free((void *)ends.norm), free((void *)ends.output), free((void *)ends.freqs_cis);
