@@ -26,7 +26,8 @@ setup(
             "llama.kernels.cpu",
             [
                 f"llama/kernels/{name}.c"
-                for name in ("quantize", "pack", "quantized", "plain", "tiles", "ops", "attention", "sample", "decode_step")
+                for name in ("quantize", "pack", "quantized", "plain", "tiles", "neon")
+                + ("ops", "attention", "sample", "decode_step")
             ],
             depends=["llama/kernels/kernels.h"],
             optional=True,

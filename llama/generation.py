@@ -83,18 +83,18 @@ class Llama:
         `seed` None takes fresh entropy; of several processes the first's counts. `quantize` "int8" or "int4" holds the
         matrices in so many bits, `kv_dtype` "fp8" the KV cache in 8. `threads` is how many this process uses on a CPU
         (None: `device.default_threads`). `compile` runs the layers through torch.compile, which takes its time at the
-        first steps. `batch_invariant` gives results that are the same to the bit whatever else is computed beside them,
-        also where that is slower (a CPU with AVX512 always does, unless it has AMX). `verify` compares the files with the sums that came with them first. `chat_template` is a file with
-        a template in Jinja, "llama2" or "none" (None: the checkpoint's own, or Llama-2's format). `speculate` "lookup"
-        drafts up to `draft_tokens` tokens at a time from what a text has said before, and verifies them in one step:
-        results stay the same. Raises a subclass of LlamaError: PeerError where another process has failed.
+        first steps. `batch_invariant` makes results the same to the bit whatever is computed beside them, also where
+        that is slower (where it costs nothing they always are). `verify` compares the files with the sums that came
+        with them first. `chat_template` is a file with a template in Jinja, "llama2" or "none" (None: the checkpoint's
+        own, or Llama-2's format). `speculate` "lookup" drafts up to `draft_tokens` tokens at a time from what a text
+        has said before, and verifies them in one step: results stay the same. Raises a subclass of LlamaError: PeerError where another process has failed.
         """
         started = time.perf_counter()
         options = RunOptions(
             max_seq_len=max_seq_len, max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, seed=seed,
             device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, threads=threads, compile=compile,
-            batch_invariant=batch_invariant, verify=verify, chat_template=chat_template, max_step_tokens=max_step_tokens, speculate=speculate,
-            draft_tokens=draft_tokens,
+            batch_invariant=batch_invariant, verify=verify, chat_template=chat_template,
+            max_step_tokens=max_step_tokens, speculate=speculate, draft_tokens=draft_tokens,
         )  # fmt: skip
         folder, tokenizer_path = find_checkpoint(ckpt_dir, tokenizer_path)
         loaded = load(Path(folder), tokenizer_path, options)

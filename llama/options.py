@@ -56,7 +56,8 @@ class RunOptions:
         metadata={"help": "run the layers through torch.compile, which takes its time at the first steps."},
     )
     batch_invariant: bool = field(
-        default=False, metadata={"help": "the same result to the bit in any batch, also where that is slower; on a CPU."}
+        default=False,
+        metadata={"help": "the same result to the bit in any batch, also where that is slower; on a CPU."},
     )
     verify: bool = field(
         default=False, metadata={"help": "compare the files with the checkpoint's checklist.chk first."}

@@ -121,8 +121,8 @@ INLINE void widen(const uint8_t *from, uint16_t *to, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         uint16_t size = from[i] & 0x7f, sign = (uint16_t)((from[i] & 0x80) << 8);
         uint16_t wide = (uint16_t)((size << 4) + ((127 - 7) << 7));
-        wide = size < 8 ? (uint16_t)(0x3c00 + ((size - 4) << 5)) : wide; /* below 2⁻⁶ there is no leading 1 */
-        wide = size < 4 ? (uint16_t)(0x3b80 + ((size - 2) << 6)) : wide;
+        wide = size < 8 ? (uint16_t)(0x3c00 + (size - 4) * 32) : wide; /* below 2⁻⁶ there is no leading 1 */
+        wide = size < 4 ? (uint16_t)(0x3b80 + (size - 2) * 64) : wide;
         wide = size < 2 ? (uint16_t)(size * 0x3b00) : wide;
         to[i] = sign | (size == 0x7f ? 0x7fc0 : wide);
     }

@@ -57,8 +57,8 @@ class DecodeStep:
         self._shape = Shape(
             dim=args.dim, hidden=args.hidden_dim, vocab=args.vocab_size, n_heads=args.n_heads,
             n_kv_heads=args.kv_heads, head_dim=args.head_dim, max_seq_len=cache.max_seq_len, slots=cache.slots,
-            eps=args.norm_eps, dtype=DTYPE_CODES[model.dtype], stored=CACHE_CODES[cache.keys[0].dtype], format=_code(wo.weight),
-            output_format=_code(model.output.weight),
+            eps=args.norm_eps, dtype=DTYPE_CODES[model.dtype], stored=CACHE_CODES[cache.keys[0].dtype],
+            format=_code(wo.weight), output_format=_code(model.output.weight),
             variant=without_tiles(variant()) if model.batch_invariant else variant(),
         )  # fmt: skip
 

@@ -17,9 +17,20 @@
 #else
 #define X86 0
 #endif
+#if defined(__aarch64__)
+#define ARM 1
+#else
+#define ARM 0
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { PORTABLE, USES_AVX2, USES_AVX512, USES_AVX512_BF16, USES_AMX };
+/* The variants of this machine, from the least to the best; library.py has their names. Those of the other machine have
+   numbers that no variant has here, so that what is compiled for both may ask for either. */
+#if ARM
+enum { PORTABLE, USES_NEON, USES_DOTPROD, USES_BF16, ELSEWHERE = 100, USES_AVX2, USES_AVX512, USES_AVX512_BF16, USES_AMX };
+#else
+enum { PORTABLE, USES_AVX2, USES_AVX512, USES_AVX512_BF16, USES_AMX, ELSEWHERE = 100, USES_NEON, USES_DOTPROD, USES_BF16 };
+#endif
 enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT8 }; /* FLOAT8: of a cache only */
 enum { INT8, INT4, PLAIN, AS_STORED }; /* PLAIN: packed numbers of bfloat16; AS_STORED + a dtype: see plain.c */
 enum { GROUP = 32, BLOCK_ROWS = 16 }; /* inputs that share a scale; rows of a block of packed weights: see quantized.c */
@@ -104,8 +115,20 @@ INLINE int weight_at(const uint8_t *group, int format, int lane, int i) {
     return i < 16 ? both & 15 : both >> 4;
 }
 
+/* Rows of x as the products with packed weights read them: see quantized.c. */
+typedef struct {
+    int64_t inputs, groups;
+    const uint16_t *plain; /* (n, inputs), where W is bfloat16 */
+    int8_t *q;             /* (n, inputs) */
+    float *scale;          /* (n, groups) */
+    int32_t *start;        /* (n, groups): −offset · Σ q */
+    int64_t paired;        /* so many rows lie in pairs: of a group, eight inputs of one beside eight of the other */
+} Rows;
+
 /* ------------------------------------------------------------------------------------------------- the operations */
 
+int llama_variant(void);
+int64_t llama_most_rows(int dtype, int variant);
 int64_t llama_workspace(int64_t n, int64_t inputs, int dtype, int format, int variant, int threads);
 void llama_product(
     const void *x, const uint8_t *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
@@ -133,6 +156,14 @@ int64_t llama_tiles_workspace(int64_t n, int64_t inputs, int threads);
 void llama_tiles_product(
     const uint16_t *x, const uint8_t *w, const uint16_t *scales, uint16_t *y, uint8_t *workspace, int64_t n, int64_t inputs,
     int64_t outputs, int format, int threads
+);
+int llama_arm_variant(void);
+void llama_arm_rows(
+    const uint8_t *const *w, int streams, const void *x, int64_t stride, int64_t inputs, int rows, int stored, int pairs,
+    float *sums
+);
+void llama_arm_block(
+    const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t row, int rows, int format, int variant, float *y
 );
 void llama_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t dim, float eps, int dtype, int variant,
                     int threads);

@@ -3,12 +3,21 @@
 import ctypes
 import functools
 import os
+import platform
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-VARIANTS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+
+def variants_of(machine: str) -> tuple[str, ...]:
+    """The variants of kernels.h on a machine that `platform.machine` calls so, from the least to the best."""
+    if machine.lower() in ("aarch64", "arm64"):
+        return ("portable", "neon", "dotprod", "bf16")
+    return ("portable", "avx2", "avx512", "avx512bf16", "amx")
+
+
+VARIANTS = variants_of(platform.machine())
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}  # kernels.h's FLOAT32, BFLOAT16
 CACHE_CODES = {**DTYPE_CODES, torch.float8_e4m3fn: 3}  # and FLOAT8
 FORMAT_CODES = {torch.int8: 0, torch.uint8: 1, torch.bfloat16: 2}  # of packed weights: kernels.h's INT8, INT4, PLAIN

@@ -255,7 +255,9 @@ BY_SIZE(AVX512_BF16, avx512_bf16, FOR_BOTH, bfloat16_rows, MORE_OF_4)
 /* ------------------------------------------------------------------------------------------------- what Python calls */
 
 /* Whether x of bfloat16 is multiplied as it is, two numbers at once. */
-int llama_multiplies_pairs(int stored, int variant) { return variant >= USES_AVX512_BF16 && stored == BFLOAT16; }
+int llama_multiplies_pairs(int stored, int variant) {
+    return variant >= (ARM ? USES_BF16 : USES_AVX512_BF16) && stored == BFLOAT16;
+}
 
 /* Whether x is multiplied as it is. */
 static int as_it_is(int dtype, int stored, int variant) {
@@ -304,6 +306,19 @@ WRITE(AVX2, write_avx2)
 WRITE(AVX512, write_avx512)
 #endif
 
+#if ARM
+static void arm_strip(const Plain *p, const Strip *strip, int streams, int64_t row, int rows, float *sums) {
+    const uint8_t *x = (const uint8_t *)p->x + row * p->stride * (p->pairs ? 2 : 4), *w[STREAMS];
+    float own[STREAMS * ROWS];
+    for (int t = 0; t < strip->times; t++, sums += streams) {
+        for (int s = 0; s < streams; s++) w[s] = strip->w + t * strip->step + s * strip->apart;
+        llama_arm_rows(w, streams, x, p->stride, p->inputs, rows, p->stored, p->pairs, own);
+        for (int s = 0; s < streams; s++)
+            for (int r = 0; r < rows; r++) sums[r * LINE + s] = own[s * rows + r];
+    }
+}
+#endif
+
 /* A strip against rows row … row + rows − 1 of x. */
 static void strip(const Plain *p, const Place *at, int64_t row, int rows, int variant) {
     int64_t bytes = p->inputs * bytes_of(p->stored);
@@ -322,7 +337,11 @@ static void strip(const Plain *p, const Place *at, int64_t row, int rows, int va
         return;
     }
 #endif
-    portable_rows(p, &own, at->streams, row, rows, sums);
+#if ARM
+    if (variant >= USES_NEON) arm_strip(p, &own, at->streams, row, rows, sums);
+    else
+#endif
+        portable_rows(p, &own, at->streams, row, rows, sums);
     write_portable(p, at, row, rows, sums);
 }
 
@@ -344,7 +363,8 @@ static void few_rows(const Plain *p, int64_t begin, int64_t end, int64_t n, int 
 
 /* The same against many rows of x: what of W is near meets all of x, TALL rows at a time, which stay nearer. */
 void llama_multiply_near(const Plain *p, int64_t begin, int64_t end, int64_t n, int variant) {
-    int streams = n == 1 ? 1 : variant == USES_AVX2 ? AVX2_STREAMS : STREAMS, tall = variant == USES_AVX2 ? AVX2_TALL : TALL;
+    int streams = n == 1 ? 1 : variant == USES_AVX2 ? AVX2_STREAMS : ARM ? 2 : STREAMS;
+    int tall = variant == USES_AVX2 ? AVX2_TALL : TALL;
     int64_t most = NEAR / (p->inputs * bytes_of(p->stored)) / streams * streams + streams;
     for (int64_t first = begin; first < end; first += most) {
         int64_t stop = end - first < most ? end : first + most;

@@ -26,15 +26,6 @@ enum { ROWS = 8, BLOCKS = 4 };                 /* rows of x, and blocks of W for
 enum { AHEAD = 2048, AHEAD_INT8 = 4 * AHEAD }; /* how far ahead W is fetched, in bytes: the fastest by measurement */
 enum { FEW = 16, FEW_PLAIN = 2 };              /* rows of x up to which vectors are faster than tiles */
 
-/* Rows of x as the kernels read them. */
-typedef struct {
-    int64_t inputs, groups;
-    const uint16_t *plain; /* (n, inputs), where W is bfloat16 */
-    int8_t *q;             /* (n, inputs) */
-    float *scale;          /* (n, groups) */
-    int32_t *start;        /* (n, groups): −offset · Σ q */
-} Rows;
-
 /* ------------------------------------------------------------------------------------- the activations, as int8 */
 
 /* One group: its integers, their sum, and its scale, which is NaN where a number is not finite. */
@@ -66,8 +57,13 @@ INLINE float quantize_group(const void *x, int dtype, int64_t first, int8_t *q, 
 INLINE void prepare_row(const void *x, int dtype, int64_t row, const Rows *to, int offset) {
     for (int64_t group = 0; group < to->groups; group++) {
         int32_t sum;
-        int64_t at = row * to->groups + group;
-        to->scale[at] = quantize_group(x, dtype, row * to->inputs + group * GROUP, to->q + at * GROUP, &sum);
+        int8_t own[GROUP];
+        int64_t from = row * to->inputs + group * GROUP, at = row * to->groups + group, other = row % 2;
+        if (ARM && row < to->paired) {
+            at += group - other * (to->groups - 1); /* beside the other row's */
+            to->scale[at] = quantize_group(x, dtype, from, own, &sum);
+            for (int i = 0; i < GROUP; i += 8) memcpy(to->q + (at - other) * GROUP + i * 2 + other * 8, own + i, 8);
+        } else to->scale[at] = quantize_group(x, dtype, from, to->q + at * GROUP, &sum);
         to->start[at] = -offset * sum;
     }
 }
@@ -276,6 +272,8 @@ int llama_variant(void) {
         return has_amx() && may_use_tiles() ? USES_AMX : USES_AVX512_BF16;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return USES_AVX2;
+#elif ARM
+    return llama_arm_variant();
 #endif
     return PORTABLE;
 }
@@ -286,7 +284,8 @@ static void prepare(const void *x, int dtype, int64_t row, const Rows *to, int v
     if (variant == USES_AVX512) { avx512_prepare(x, dtype, row, to, offset); return; }
     if (variant == USES_AVX2) { avx2_prepare(x, dtype, row, to, offset); return; }
 #endif
-    prepare_row(x, dtype, row, to, offset);
+    if (dtype == BFLOAT16) prepare_row(x, BFLOAT16, row, to, offset);
+    else prepare_row(x, FLOAT32, row, to, offset);
 }
 
 /* Some blocks of W against all of x; what of a block is read once stays in the cache for the next rows of x. */
@@ -306,6 +305,9 @@ static void some_blocks(
             if (format == PLAIN) plain_blocks(own, x->plain + row * x->inputs, x->inputs, blocks, rows, results);
             else if (variant == USES_AVX512) avx512_blocks(own, own_scales, x, row, blocks, rows, format, results);
             else if (variant == USES_AVX2) avx2_block(own, own_scales, x, row, rows, format, results);
+            else
+#elif ARM
+            if (variant >= USES_NEON) llama_arm_block(own, own_scales, x, row, rows, format, variant, results);
             else
 #endif
                 for (int i = 0; i < rows; i++)
@@ -330,8 +332,9 @@ static int uses_tiles(int64_t n, int dtype, int format, int variant) {
 
 /* The most rows of x for which a product is made here: for more, PyTorch's on dequantised weights is faster. */
 int64_t llama_most_rows(int dtype, int variant) {
-    if (variant >= USES_AVX512 || (variant == USES_AVX2 && dtype == BFLOAT16)) return INT64_MAX;
-    return variant == USES_AVX2 ? 128 : 8;
+    if (variant >= USES_AVX512) return INT64_MAX;
+    if (variant == PORTABLE) return 8;
+    return dtype == BFLOAT16 ? INT64_MAX : 128; /* on ARM too, where nothing was measured */
 }
 
 /* Bytes of the workspace that a product of n rows needs. */
@@ -358,8 +361,9 @@ void llama_product(
     uint8_t *at = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
     int64_t groups = inputs / GROUP, blocks = (outputs + BLOCK_ROWS - 1) / BLOCK_ROWS;
     int64_t share = (blocks + threads - 1) / threads;
-    Rows rows = {inputs, groups, x, (int8_t *)at, (float *)(at + n * inputs), (int32_t *)(at + n * (inputs + groups * 4))};
-    if (variant > USES_AVX512) variant = USES_AVX512;
+    Rows rows = {inputs, groups, x, (int8_t *)at, (float *)(at + n * inputs), (int32_t *)(at + n * (inputs + groups * 4)),
+                 variant == USES_BF16 ? n / 2 * 2 : 0};
+    if (variant > USES_AVX512) variant = USES_AVX512; /* no variant of ARM is */
     if (n < 4 && format != PLAIN) /* one thread is faster than waking the others */
         for (int64_t row = 0; row < n; row++) prepare(x, dtype, row, &rows, variant, format);
 #pragma omp parallel num_threads(threads) if (threads > 1)

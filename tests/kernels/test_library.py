@@ -19,3 +19,11 @@ def test_the_variant_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         environment = {**os.environ, "LLAMA_KERNELS": named}
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
         assert out.stdout == f"{expected}\n", out.stderr
+
+
+def test_each_machine_has_variants_of_its_own() -> None:
+    """As kernels.h numbers them: Linux and macOS name the same processor differently."""
+    assert library.variants_of("aarch64") == library.variants_of("arm64") == ("portable", "neon", "dotprod", "bf16")
+    assert library.variants_of("AMD64") == library.variants_of("x86_64")
+    assert library.variants_of("x86_64")[1:] == ("avx2", "avx512", "avx512bf16", "amx")
+    assert library.variants_of("riscv64")[0] == "portable"
