@@ -5,6 +5,10 @@ import sys
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+SOURCES = (
+    "quantize", "pack", "quantized", "plain", "tiles", "neon", "ops", "attention", "sample", "decode_step",
+)  # fmt: skip
+
 
 class BuildKernels(build_ext):
     """With OpenMP, or without it where the compiler has none. PyTorch brings the OpenMP library, so none is linked."""
@@ -24,11 +28,7 @@ setup(
     ext_modules=[
         Extension(
             "llama.kernels.cpu",
-            [
-                f"llama/kernels/{name}.c"
-                for name in ("quantize", "pack", "quantized", "plain", "tiles", "neon")
-                + ("ops", "attention", "sample", "decode_step")
-            ],
+            [f"llama/kernels/{name}.c" for name in SOURCES],
             depends=["llama/kernels/kernels.h"],
             optional=True,
         )

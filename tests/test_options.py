@@ -33,7 +33,7 @@ def test_build_passes_on_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> No
     given: dict[str, Any] = {
         "max_seq_len": 7, "max_batch_size": 3, "model_parallel_size": 5, "seed": 9, "device": "cpu",
         "dtype": torch.float16, "quantize": "int4", "kv_dtype": "fp8", "threads": 11, "compile": True, "verify": True,
-        "max_step_tokens": 13, "chat_template": "none", "speculate": "lookup", "draft_tokens": 3,
+        "batch_invariant": True, "max_step_tokens": 13, "chat_template": "none", "speculate": "lookup", "draft_tokens": 3,
     }  # fmt: skip
     seen: list[RunOptions] = []
 

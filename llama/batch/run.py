@@ -3,7 +3,8 @@
 The lines are cut into blocks, which replicas draw from one counter. A block is run as if the engine were new, so its
 results do not depend on who runs it or on what ran before: a block that was interrupted is run again whole, in the
 same steps, and only the lines that are missing are written. That makes a resumed run equal to an undisturbed one to
-the byte, in every dtype.
+the byte, in every dtype. Where results are the same in any batch (see kernels/invariance.py), the lines that are missing
+are run alone, and prefixes are kept from block to block.
 """
 
 import contextlib
@@ -190,7 +191,8 @@ def _results(
         while mine < block:  # blocks of blank lines
             mine = replicas.draw("block")
         if mine == block:
-            lines = [read_line(number, data, file_format, params, seed) for number, data in numbered]
+            needed = (pair for pair in numbered if not (llama.model.batch_invariant and pair[0] in done))
+            lines = [read_line(number, data, file_format, params, seed) for number, data in needed]
             if any(line.number not in done for line in lines):
                 yield from ((line, r) for line, r in _run_block(llama, lines) if line.number not in done)
             mine = replicas.draw("block")
@@ -212,7 +214,8 @@ def _run_block(llama: "Llama", lines: list[Line]) -> Iterator[tuple[Line, Any]]:
     for line in lines:
         if line.error is not None:
             yield line, None
-    llama.turns.do(llama.engine.clear_prefix_cache)
+    if not llama.model.batch_invariant:
+        llama.turns.do(llama.engine.clear_prefix_cache)
     for index, result in llama.run_each([line.prompt for line, _ in good], [params for _, params in good]):
         yield good[index][0], result
 
