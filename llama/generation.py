@@ -86,9 +86,9 @@ class Llama:
         first steps. `batch_invariant` makes results the same to the bit whatever is computed beside them, also where
         that is slower (where it costs nothing they always are). `verify` compares the files with the sums that came
         with them first. `chat_template` is a file with a template in Jinja, "llama2" or "none" (None: the checkpoint's
-        own, or Llama-2's format). `speculate` "lookup" drafts up to `draft_tokens` tokens at a time from what a text
-        has said before, and verifies them in one step: results stay the same. Raises a subclass of LlamaError: PeerError
-        where another process has failed.
+        own, or Llama-2's format). `speculate` drafts up to `draft_tokens` tokens at a time, from what a text has said
+        before ("lookup") or with a smaller model of the same vocabulary (its folder), and verifies them in one step:
+        results stay the same. Raises a subclass of LlamaError: PeerError where another process has failed.
         """
         started = time.perf_counter()
         options = RunOptions(

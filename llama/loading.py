@@ -11,13 +11,14 @@ from llama.checkpoint import loader
 from llama.checkpoint.source import Source, open_source
 from llama.checkpoint.verify import verify
 from llama.device import choose_device, default_threads, parse_dtype
+from llama.engine.draft_model import DraftModel
 from llama.engine.drafts import Lookup, Speculation
-from llama.errors import CheckpointError, DeviceError, TokenizerError
+from llama.errors import CheckpointError, DeviceError, ParameterError, TokenizerError
 from llama.kernels.decode_step import rows_alike
 from llama.kernels.dispatch import why_not
 from llama.model.kv_cache import check_kv_dtype
 from llama.model.transformer import Transformer
-from llama.options import RunOptions
+from llama.options import LOOKUP, NO_WAY, RunOptions
 from llama.text.chat_files import chat_format
 from llama.text.tokenizer_files import open_tokenizer
 from llama.tokenizer import BaseTokenizer
@@ -84,7 +85,36 @@ def speculation(model: Transformer, options: RunOptions, max_step_tokens: int) -
     """What drafts tokens for the model, if the options ask for it."""
     if options.speculate is None:
         return None
-    return Speculation(options.speculate, Lookup(), options.draft_tokens, min(rows_alike(model), max_step_tokens))
+    drafter = Lookup() if options.speculate == LOOKUP else _draft_model(model, options, max_step_tokens)
+    return Speculation(options.speculate, drafter, options.draft_tokens, min(rows_alike(model), max_step_tokens))
+
+
+def _draft_model(model: Transformer, options: RunOptions, max_step_tokens: int) -> DraftModel:
+    """The model that `speculate` names, with room for the same sequences."""
+    folder, sizes = Path(str(options.speculate)), model.params
+    if not folder.exists():
+        raise ParameterError(f"speculate={options.speculate!r} {NO_WAY}")
+    source = open_source(folder)
+    if source.vocab_size != sizes.vocab_size:
+        raise CheckpointError(
+            f"{folder} cannot draft tokens for this model: it has {source.vocab_size} tokens, not {sizes.vocab_size};"
+            " use a smaller model of the same vocabulary"
+        )
+    if source.window is not None and sizes.max_seq_len > source.window:
+        raise CheckpointError(
+            f"{folder} looks back {source.window} tokens and no further: choose max_seq_len up to that"
+        )
+    args = replace(source.args, vocab_size=sizes.vocab_size, max_seq_len=sizes.max_seq_len,
+                   max_batch_size=sizes.max_batch_size)  # fmt: skip
+    own = replace(options, quantize=None if source.args.quantize else options.quantize)
+    drafting = loader.load(source, args, own, model.device, parse_dtype(options.dtype))
+    cost = _weight_bytes(drafting) / _weight_bytes(model)
+    return DraftModel(drafting, sizes.max_batch_size, sizes.max_seq_len, max_step_tokens, cost)
+
+
+def _weight_bytes(model: Transformer) -> int:
+    """Those that a token needs: its time is that of reading them."""
+    return sum(weight.nbytes for name, weight in model.named_parameters() if not name.startswith("tok_embeddings"))
 
 
 def chosen(model: Transformer, options: RunOptions) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 KV_DTYPES = ("fp8",)
 LOOKUP = "lookup"  # the way to speculate that needs no model
+NO_WAY = f"is no way to draft tokens: use {LOOKUP} or the folder of a smaller model, or leave it out"
 MOST_DRAFT_TOKENS = 15  # with the token before them they are one step of the CPU's kernels
 
 
@@ -71,7 +72,7 @@ class RunOptions:
     )
     speculate: str | None = field(
         default=None,
-        metadata={"help": "lookup drafts tokens from what was said before, to be verified several at once; on a CPU."},
+        metadata={"help": "draft tokens, to be verified together: lookup, or a smaller model's folder; on a CPU."},
     )
     draft_tokens: int = field(
         default=7, metadata={"help": "the most drafts of one step; fewer are made of a text where they fail."}
@@ -88,10 +89,8 @@ class RunOptions:
             raise ParameterError(
                 f"draft_tokens={self.draft_tokens} is out of range: expected an integer from 1 to {MOST_DRAFT_TOKENS}"
             )
-        if self.speculate not in (None, LOOKUP):
-            raise ParameterError(
-                f"speculate={self.speculate!r} is no way to draft tokens: use {LOOKUP}, or leave it out"
-            )
+        if self.speculate is not None and not isinstance(self.speculate, str):
+            raise ParameterError(f"speculate={self.speculate!r} {NO_WAY}")
         check_format(self.quantize)
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise ParameterError(

@@ -33,7 +33,8 @@ def test_build_passes_on_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> No
     given: dict[str, Any] = {
         "max_seq_len": 7, "max_batch_size": 3, "model_parallel_size": 5, "seed": 9, "device": "cpu",
         "dtype": torch.float16, "quantize": "int4", "kv_dtype": "fp8", "threads": 11, "compile": True, "verify": True,
-        "batch_invariant": True, "max_step_tokens": 13, "chat_template": "none", "speculate": "lookup", "draft_tokens": 3,
+        "batch_invariant": True, "max_step_tokens": 13, "chat_template": "none", "speculate": "lookup",
+        "draft_tokens": 3,
     }  # fmt: skip
     seen: list[RunOptions] = []
 
@@ -69,7 +70,10 @@ def test_it_is_not_changed() -> None:
         ({"threads": 1.5}, "threads=1.5 is out of range: expected an integer, 1 or more"),
         ({"seed": -1}, "seed=-1 is out of range: expected an integer from 0 to 2**64 - 1, or None"),
         ({"quantize": "int3"}, "quantize='int3' is not a format: use int8 or int4, or leave it out"),
-        ({"speculate": "guess"}, "speculate='guess' is no way to draft tokens: use lookup, or leave it out"),
+        (
+            {"speculate": 3},
+            "speculate=3 is no way to draft tokens: use lookup or the folder of a smaller model, or leave it out",
+        ),
         ({"draft_tokens": 0}, "draft_tokens=0 is out of range: expected an integer, 1 or more"),
         ({"draft_tokens": 16}, "draft_tokens=16 is out of range: expected an integer from 1 to 15"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8' is not a format of the KV cache: use fp8, or leave it out"),

@@ -3,8 +3,8 @@
 The lines are cut into blocks, which replicas draw from one counter. A block is run as if the engine were new, so its
 results do not depend on who runs it or on what ran before: a block that was interrupted is run again whole, in the
 same steps, and only the lines that are missing are written. That makes a resumed run equal to an undisturbed one to
-the byte, in every dtype. Where results are the same in any batch (see kernels/invariance.py), the lines that are missing
-are run alone, and prefixes are kept from block to block.
+the byte, in every dtype. Where results are the same in any batch (see kernels/invariance.py), the lines that are
+missing are run alone, and prefixes are kept from block to block.
 """
 
 import contextlib

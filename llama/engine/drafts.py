@@ -14,11 +14,14 @@ from llama.engine.scheduler import Sequence
 Draft = tuple[int, ...]
 _LEAST_MATCH = 2  # tokens: one that was there before says little of what comes next
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 64  # steps without drafts
+_HIGHEST_PRICE = 0.95  # a draft that is surely right is worth it
 _WEIGHT = 0.25  # of the newest draft in the rate of right ones
 
 
 class Drafter(Protocol):
-    """Where drafts come from."""
+    """Where drafts come from. `cost`: the time that one takes, beside a step of the model that verifies."""
+
+    cost: float
 
     def propose(self, sequences: Listed[Sequence], most: Listed[int]) -> list[Draft]:
         """What may follow each sequence's tokens: at most so many tokens, perhaps none."""
@@ -79,6 +82,8 @@ class Suffixes:
 class Lookup:
     """Drafts from a sequence itself: what followed its longest suffix that was in it before."""
 
+    cost = 0.0
+
     def __init__(self) -> None:
         self._suffixes: dict[Sequence, Suffixes] = {}
 
@@ -134,7 +139,7 @@ class Speculation:
 
     def drafts(self, sequences: Listed[Sequence], rooms: Listed[int]) -> list[Draft]:
         """Tokens to be verified behind the next one of each sequence, which has room for so many more."""
-        price, left, most = _price(len(sequences)), self._rows - len(sequences), []
+        price, left, most = self._price(len(sequences)), self._rows - len(sequences), []
         for number, (sequence, room) in enumerate(zip(sequences, rooms, strict=True)):
             wanted = self._paces.setdefault(sequence, Pace()).wanted(price)
             most.append(max(0, min(wanted, room, self.most, left // (len(sequences) - number))))
@@ -143,18 +148,17 @@ class Speculation:
 
     def learn(self, sequence: Sequence, drafted: int, right: int, sequences: int) -> None:
         """What came of a sequence's drafts in a step of so many sequences."""
-        self._paces[sequence].learn(drafted, right, _price(sequences))
+        self._paces[sequence].learn(drafted, right, self._price(sequences))
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended."""
         self._paces.pop(sequence, None)
         self._drafter.forget(sequence)
 
+    def _price(self, sequences: int) -> float:
+        """What a draft costs, in tokens that its time would make without it: the more share a step, the more.
 
-def _price(sequences: int) -> float:
-    """What a draft costs, in tokens that its time would make without it: the more sequences share a step, the more.
-
-    Reading the weights takes a step as long as computing some 4 to 20 rows, by format and processor (see
-    benchmarks/RESULTS.md).
-    """
-    return sequences / (4 + sequences)
+        Reading the weights takes a step as long as computing some 4 to 20 rows, by format and processor (see
+        benchmarks/RESULTS.md). Making the draft takes its time too.
+        """
+        return min(sequences / (4 + sequences) + self._drafter.cost, _HIGHEST_PRICE)

@@ -19,6 +19,7 @@ from llama.kernels.library import (
 from llama.kernels.plain import can_multiply, most_rows
 from llama.kernels.quantized import is_packed
 
+ANY = 1 << 30
 MOST_ROWS = 16  # of a step: with more, calls take little of its time
 _MATRICES = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 
@@ -96,6 +97,8 @@ def can_fuse_on_cpu(rows: int, model: Any, cache: Any) -> bool:
 
 def rows_alike(model: Any) -> int:
     """How many rows a step may have of which each is computed as if it were alone, as far as our kernels compute it."""
+    if model.batch_invariant:
+        return ANY
     library = cpu_library(model.norm.weight)
     if library is None:
         return MOST_ROWS

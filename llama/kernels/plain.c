@@ -387,11 +387,11 @@ static int64_t copied_stride(int64_t inputs, int64_t size) {
     return ((inputs + per_line - 1) / per_line | 1) * per_line;
 }
 
-/* Bytes of the workspace that a product of n rows needs: for a copy of x, unless few rows are multiplied as they are. */
+/* Bytes of the workspace that a product of n rows needs: for a copy of x, unless a row or two are multiplied as they are. */
 int64_t llama_plain_workspace(int64_t n, int64_t inputs, int dtype, int stored, int variant) {
     int as_is = as_it_is(dtype, stored, variant);
     int64_t size = as_is ? bytes_of(dtype) : 4;
-    return as_is && n <= MOST_FEW ? 0 : 64 + n * copied_stride(inputs, size) * size;
+    return as_is && n <= FEW ? 0 : 64 + n * copied_stride(inputs, size) * size;
 }
 
 /* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, x and y of `dtype`, W `stored` as bfloat16, float16 or float32. */
@@ -399,7 +399,7 @@ void llama_plain_product(
     const void *x, const uint8_t *w, void *y, uint8_t *workspace, int64_t n, int64_t inputs, int64_t outputs, int dtype,
     int stored, int variant, int threads
 ) {
-    int as_is = as_it_is(dtype, stored, variant), copied = !as_is || n > MOST_FEW;
+    int as_is = as_it_is(dtype, stored, variant), copied = !as_is || n > FEW;
     int64_t size = as_is ? bytes_of(dtype) : 4, stride = copied ? copied_stride(inputs, size) : inputs;
     uint8_t *copy = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
     Plain p = {copied ? copy : x, w, y, inputs, outputs, stride, dtype, stored, as_is && dtype == BFLOAT16};

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -208,7 +209,8 @@ def test_another_run_than_the_one_begun_is_refused(bfloat16: Llama, prompts: Pat
     assert output.read_bytes() == begun
 
 
-def test_drafts_change_no_byte(prompts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("speculate", ["lookup", str(DEMO)], ids=["lookup", "model"])
+def test_drafts_change_no_byte(prompts: Path, tmp_path: Path, speculate: str) -> None:
     """In steps whose tokens are each computed alike; and a run that was begun with drafts goes on with them."""
     if load()[0] is None:
         pytest.skip(f"PyTorch's products round by the number of their rows: {load()[1]}")
@@ -217,7 +219,7 @@ def test_drafts_change_no_byte(prompts: Path, tmp_path: Path) -> None:
             str(DEMO), str(DEMO / "tokenizer.model"), 256, 4, device="cpu", quantize="int8", max_step_tokens=8,
             speculate=way,
         )
-        for way in (None, "lookup")
+        for way in (None, speculate)
     )  # fmt: skip
     outputs = [tmp_path / name for name in ("plain.jsonl", "drafts.jsonl")]
     for llama, output in zip((plain, drafting), outputs, strict=True):
@@ -227,7 +229,7 @@ def test_drafts_change_no_byte(prompts: Path, tmp_path: Path) -> None:
     assert sorted_lines(outputs[1]) == expected
     written = outputs[1].read_bytes()
     outputs[1].write_bytes(written[: len(written) // 2])
-    with pytest.raises(ParameterError, match='speculate was "lookup" and is null'):
+    with pytest.raises(ParameterError, match=f'speculate was "{re.escape(speculate)}" and is null'):
         run(plain, prompts, outputs[1], params=SamplingParams(max_gen_len=40))
     run(drafting, prompts, outputs[1], params=SamplingParams(max_gen_len=40))
     assert sorted_lines(outputs[1]) == expected
