@@ -13,12 +13,12 @@ from llama.checkpoint.verify import verify
 from llama.device import choose_device, default_threads, parse_dtype
 from llama.engine.draft_model import DraftModel
 from llama.engine.drafts import Lookup, Speculation
-from llama.errors import CheckpointError, DeviceError, ParameterError, TokenizerError
+from llama.errors import CheckpointError, DeviceError, TokenizerError
 from llama.kernels.decode_step import rows_alike
 from llama.kernels.dispatch import why_not
 from llama.model.kv_cache import check_kv_dtype
 from llama.model.transformer import Transformer
-from llama.options import LOOKUP, NO_WAY, RunOptions
+from llama.options import LOOKUP, RunOptions
 from llama.text.chat_files import chat_format
 from llama.text.tokenizer_files import open_tokenizer
 from llama.tokenizer import BaseTokenizer
@@ -92,8 +92,6 @@ def speculation(model: Transformer, options: RunOptions, max_step_tokens: int) -
 def _draft_model(model: Transformer, options: RunOptions, max_step_tokens: int) -> DraftModel:
     """The model that `speculate` names, with room for the same sequences."""
     folder, sizes = Path(str(options.speculate)), model.params
-    if not folder.exists():
-        raise ParameterError(f"speculate={options.speculate!r} {NO_WAY}")
     source = open_source(folder)
     if source.vocab_size != sizes.vocab_size:
         raise CheckpointError(

@@ -1,5 +1,6 @@
 """What a run chose: `RunOptions`, the parameters of `Llama.build` beside its two paths."""
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
 
 KV_DTYPES = ("fp8",)
 LOOKUP = "lookup"  # the way to speculate that needs no model
-NO_WAY = f"is no way to draft tokens: use {LOOKUP} or the folder of a smaller model, or leave it out"
 MOST_DRAFT_TOKENS = 15  # with the token before them they are one step of the CPU's kernels
 
 
@@ -89,8 +89,11 @@ class RunOptions:
             raise ParameterError(
                 f"draft_tokens={self.draft_tokens} is out of range: expected an integer from 1 to {MOST_DRAFT_TOKENS}"
             )
-        if self.speculate is not None and not isinstance(self.speculate, str):
-            raise ParameterError(f"speculate={self.speculate!r} {NO_WAY}")
+        if self.speculate not in (None, LOOKUP) and not os.path.exists(str(self.speculate)):
+            raise ParameterError(
+                f"speculate={self.speculate!r} is no way to draft tokens: use {LOOKUP} or the folder of a smaller"
+                " model, or leave it out"
+            )
         check_format(self.quantize)
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise ParameterError(

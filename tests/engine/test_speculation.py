@@ -39,6 +39,8 @@ FORMATS = [("int8", "bfloat16"), ("int8", "float32"), ("int4", "bfloat16"), ("in
 class Told:
     """Drafts of what is known to come, of which some are made wrong; behind an end come other tokens."""
 
+    cost = 0.0
+
     def __init__(self, vocab: int, right: float, rng: random.Random) -> None:
         self.coming: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self._vocab, self._right, self._rng = vocab, right, rng
@@ -80,12 +82,12 @@ def built(folder: Path, **options: Any) -> Llama:
 
 def speculating(llama: Llama, drafter: Any, most: int = 7) -> Llama:
     """The same model with drafts."""
-    speculation = Speculation("told", drafter, most, rows_alike(llama.model))
+    speculation = Speculation("told", drafter, most, min(16, rows_alike(llama.model)))
     return Llama(llama.model, llama.tokenizer, max_step_tokens=8, speculation=speculation)
 
 
 def engine_of(llama: Llama, drafter: Any = None, most: int = 7) -> Engine:
-    speculation = Speculation("told", drafter, most, rows_alike(llama.model)) if drafter else None
+    speculation = Speculation("told", drafter, most, min(16, rows_alike(llama.model))) if drafter else None
     return Engine(llama.model, SLOTS, LENGTH, 8, speculation)
 
 
