@@ -15,7 +15,7 @@ enum { MOST_FEW = 16, TALL = 6 };         /* rows of x for which W is read from 
 enum { AVX2_STREAMS = 3, AVX2_TALL = 4 };   /* the same where there are 16 registers, not 32 */
 enum { NEAR = 1 << 19 };                  /* bytes of W that stay in the cache for all rows of x */
 enum { MOST_TIMES = 16, LINE = STREAMS * MOST_TIMES }; /* of a strip, and the most sums of it for a row of x */
-enum { AHEAD = 2048, AHEAD_NEAR = 8192 }; /* how far ahead W is fetched, in bytes: at STREAMS places, at one */
+enum { AHEAD = 4096, AHEAD_NEAR = 8192 }; /* how far ahead W is fetched, in bytes: at several places, at one */
 
 /* Rows of W that are multiplied one time after the other, some at each time: the s-th of time t begins at byte
    t · step + s · apart of `w`. */
@@ -94,7 +94,7 @@ AVX2 INLINE void avx2_rows(
         for (int64_t i = 0; i < whole; i += 8) {
             __m256 weights[STREAMS];
             for (int s = 0; s < streams; s++) {
-                if (streams * rows < AVX2_STREAMS * AVX2_TALL) _mm_prefetch((const char *)w + s * strip->apart + i * size + strip->ahead, _MM_HINT_T0);
+                _mm_prefetch((const char *)w + s * strip->apart + i * size + strip->ahead, _MM_HINT_T0);
                 weights[s] = avx2_weights(w + s * strip->apart, stored, i);
             }
             for (int r = 0; r < rows; r++) {
@@ -162,7 +162,7 @@ AVX512 INLINE void avx512_step(
 ) {
     __m512 weights[STREAMS];
     for (int s = 0; s < streams; s++) {
-        if (streams * rows < STREAMS * TALL)
+        if (streams != STREAMS || rows != TALL)
             _mm_prefetch((const char *)w + s * apart + i * bytes_of(stored) + ahead, _MM_HINT_T0);
         weights[s] = avx512_weights(w + s * apart, stored, i, there);
     }
@@ -200,7 +200,7 @@ AVX512_BF16 INLINE void bfloat16_step(
 ) {
     __m512bh weights[STREAMS];
     for (int s = 0; s < streams; s++) {
-        if (streams * rows < STREAMS * TALL) _mm_prefetch((const char *)w + s * apart + i * 2 + ahead, _MM_HINT_T0);
+        if (streams != STREAMS || rows != TALL) _mm_prefetch((const char *)w + s * apart + i * 2 + ahead, _MM_HINT_T0);
         weights[s] = bfloat16_pairs((const uint16_t *)(w + s * apart) + i, there);
     }
     for (int r = 0; r < rows; r++) {
@@ -233,7 +233,7 @@ AVX512_BF16 INLINE void bfloat16_rows(
     else name(p, strip, streams, row, rows, FLOAT32, sums);
 #define FOR_BOTH(name, streams, rows) name(p, strip, streams, row, rows, sums);
 #define CASE(each, name, rows, streams) case rows + streams * 16: each(name, streams, rows) break;
-#define CASES(each, name, rows) CASE(each, name, rows, 1) CASE(each, name, rows, 2)
+#define CASES(each, name, rows) CASE(each, name, rows, 1)
 #define BY_SIZE(target, function, each, name, MORE) \
     target static void function( \
         const Plain *p, const Strip *strip, int streams, int64_t row, int rows, float *sums \
@@ -245,8 +245,10 @@ AVX512_BF16 INLINE void bfloat16_rows(
         } \
     }
 
-#define MORE_OF_4(each, name) CASE(each, name, 3, 4) CASE(each, name, 4, 4) CASE(each, name, 5, 4) CASE(each, name, 6, 4)
 #define MORE_OF_3(each, name) CASE(each, name, 1, 3) CASE(each, name, 2, 3) CASE(each, name, 3, 3) CASE(each, name, 4, 3)
+#define MORE_OF_4(each, name) \
+    MORE_OF_3(each, name) CASE(each, name, 5, 3) CASE(each, name, 6, 3) CASE(each, name, 7, 3) CASE(each, name, 8, 3) \
+    CASE(each, name, 3, 4) CASE(each, name, 4, 4) CASE(each, name, 5, 4) CASE(each, name, 6, 4)
 BY_SIZE(AVX2, avx2, FOR_STORED, avx2_rows, MORE_OF_3)
 BY_SIZE(AVX512, avx512, FOR_STORED, avx512_rows, MORE_OF_4)
 BY_SIZE(AVX512_BF16, avx512_bf16, FOR_BOTH, bfloat16_rows, MORE_OF_4)
@@ -349,16 +351,16 @@ INLINE int at_most(int64_t number, int most) { return number < most ? (int)numbe
 
 /* Rows begin … end of W against few rows of x: W is read from memory, at STREAMS places. */
 static void few_rows(const Plain *p, int64_t begin, int64_t end, int64_t n, int variant) {
-    int64_t apart = (end - begin) / STREAMS, left = begin + apart * STREAMS;
-    int together = n > FEW ? 2 : STREAMS; /* so that sums are in registers */
+    int wide = variant != USES_AVX2 && !ARM;                                  /* whether there are registers for: */
+    int streams = n <= FEW ? STREAMS : wide && n <= ROWS / 2 ? STREAMS : ARM ? 2 : 3, most = wide || ARM ? ROWS : AVX2_TALL;
+    int64_t apart = (end - begin) / streams, left = begin + apart * streams;
     for (int64_t first = begin; first < begin + apart; first += MOST_TIMES)
-        for (int s = 0; s < STREAMS; s += together)
-            for (int64_t row = 0; row < n; row += ROWS) {
-                const Place at = {first + s * apart, apart, 1, at_most(begin + apart - first, MOST_TIMES), together};
-                strip(p, &at, row, at_most(n - row, ROWS), variant);
-            }
+        for (int64_t row = 0; row < n; row += most) {
+            const Place at = {first, apart, 1, at_most(begin + apart - first, MOST_TIMES), streams};
+            strip(p, &at, row, at_most(n - row, most), variant);
+        }
     const Place last = {left, 0, 1, (int)(end - left), 1};
-    for (int64_t row = 0; row < n && left < end; row += ROWS) strip(p, &last, row, at_most(n - row, ROWS), variant);
+    for (int64_t row = 0; row < n && left < end; row += most) strip(p, &last, row, at_most(n - row, most), variant);
 }
 
 /* The same against many rows of x: what of W is near meets all of x, TALL rows at a time, which stay nearer. */
