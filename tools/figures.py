@@ -12,6 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(?<!`)(<!-- figures: (\S+) -->)(\n?).*?(<!-- end -->)", re.DOTALL)
 Table = list[list[str]]  # the head, then the rows
+PROCESSORS = {  # sections of the same comparison
+    "Beside the peers on a CPU": "Intel Xeon, AMX",
+    "Beside the peers in bf16 on an AMD EPYC of Zen 5": "AMD EPYC, Zen 5",
+    "Beside the peers in bf16 on an AMD EPYC of Zen 4": "AMD EPYC, Zen 4",
+}
 
 
 def pages() -> list[Path]:
@@ -43,9 +48,17 @@ def markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def peers(columns: int) -> str:
-    """The runners beside each other on a CPU, in so many columns."""
-    return markdown([row[:columns] for row in table_after("Beside the peers on a CPU", "1.1B:")])
+def peers() -> str:
+    """The runners beside each other on the first CPU."""
+    return markdown(table_after("Beside the peers on a CPU", "1.1B:"))
+
+
+def processors() -> str:
+    """The runners beside each other in bfloat16, on each processor."""
+    tables = {name: table_after(section, "1.1B:") for section, name in PROCESSORS.items()}
+    head = next(iter(tables.values()))[0]
+    rows = [[name, row[0], *row[2:6]] for name, (_, *own) in tables.items() for row in own if row[1] == "bf16"]
+    return markdown([["processor", head[0], *head[2:6]], *rows])
 
 
 def quality() -> str:
@@ -93,8 +106,8 @@ def gpu_sentence() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "cpu": lambda: peers(6),
-    "cpu-all": lambda: peers(8),
+    "cpu": processors,
+    "cpu-all": peers,
     "quality": quality,
     "startup": startup,
     "gpu": gpu,

@@ -1,29 +1,29 @@
-/* Products of few rows with weights as they are stored, in bfloat16, float16 or float32: their time is the time in which
-   the weights are read.
+/* Products with weights as they are stored, in bfloat16, float16 or float32.
 
    y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, summed in float32. A row of W lies in one piece, so the lanes of a
-   vector are inputs side by side, and are summed at the end. A thread reads its rows of W at several places at once:
-   memory answers sooner than at one.
+   vector are inputs side by side, and are summed at the end. The time of a few rows of x is that in which W is read: a
+   thread reads it at several places at once, as memory answers sooner so than at one. Many rows take time to compute: a
+   part of W that stays in the cache meets all of them, a tile of rows of both at a time, whose sums are in registers.
 
    A row of W meets a row of x in the same order of operations whatever else is computed beside it: results depend
    neither on the number of threads nor on the number of rows. */
 
 #include "kernels.h"
 
-enum { ROWS = 8, STREAMS = 4, FEW = 2 }; /* rows of x at a time; places where W is read, for up to FEW rows of x and more */
-enum { MOST_FEW = 16, TALL = 6 };         /* rows of x for which W is read from memory; rows of x at a time, and STREAMS of W, for more */
-enum { AVX2_STREAMS = 3, AVX2_TALL = 4 };   /* the same where there are 16 registers, not 32 */
-enum { NEAR = 1 << 19 };                  /* bytes of W that stay in the cache for all rows of x */
+enum { ROWS = 8, STREAMS = 4 };                        /* the most rows of x, and of W, at a time */
+enum { FEW = 2, MOST_FEW = 16 };                       /* rows of x that are read as they lie; for which W is read at places */
+enum { TALL = 6, AVX2_STREAMS = 3, AVX2_TALL = 4 };    /* a tile's rows of x, and of W and x where there are 16 registers */
+enum { NEAR = 1 << 19 };                               /* bytes of W that stay in the cache for all rows of x */
 enum { MOST_TIMES = 16, LINE = STREAMS * MOST_TIMES }; /* of a strip, and the most sums of it for a row of x */
-enum { AHEAD = 4096, AHEAD_NEAR = 8192 }; /* how far ahead W is fetched, in bytes: at several places, at one */
+enum { AHEAD = 4096, AHEAD_NEAR = 8192 };              /* how far ahead W is fetched, in bytes: at several places, at one */
 
 /* Rows of W that are multiplied one time after the other, some at each time: the s-th of time t begins at byte
-   t · step + s · apart of `w`. */
+   t · step + s · apart of `w`. There are LINE sums for each row of x, those of time t from t · streams on. */
 typedef struct {
     const uint8_t *w;
-    int64_t apart, step, ahead; /* ahead: how far before it is used W is fetched, in bytes */
+    int64_t apart, step, ahead;
     int times;
-} Strip; /* its sums: LINE for each row of x, the first one of time t at t · streams */
+} Strip;
 
 INLINE int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
@@ -157,8 +157,8 @@ AVX512 INLINE void avx512_sums(const __m512 *sum, int streams, int rows, float *
 }
 
 AVX512 INLINE void avx512_step(
-    const uint8_t *w, int64_t apart, int64_t ahead, int streams, const float *x, int64_t stride, int64_t i, int rows, int stored, int there,
-    __m512 *sum
+    const uint8_t *w, int64_t apart, int64_t ahead, int streams, const float *x, int64_t stride, int64_t i, int rows,
+    int stored, int there, __m512 *sum
 ) {
     __m512 weights[STREAMS];
     for (int s = 0; s < streams; s++) {
@@ -195,8 +195,8 @@ AVX512_BF16 INLINE __m512bh bfloat16_pairs(const uint16_t *from, int there) {
 }
 
 AVX512_BF16 INLINE void bfloat16_step(
-    const uint8_t *w, int64_t apart, int64_t ahead, int streams, const uint16_t *x, int64_t stride, int64_t i, int rows, int there,
-    __m512 *sum
+    const uint8_t *w, int64_t apart, int64_t ahead, int streams, const uint16_t *x, int64_t stride, int64_t i, int rows,
+    int there, __m512 *sum
 ) {
     __m512bh weights[STREAMS];
     for (int s = 0; s < streams; s++) {
@@ -324,7 +324,8 @@ static void arm_strip(const Plain *p, const Strip *strip, int streams, int64_t r
 /* A strip against rows row … row + rows − 1 of x. */
 static void strip(const Plain *p, const Place *at, int64_t row, int rows, int variant) {
     int64_t bytes = p->inputs * bytes_of(p->stored);
-    const Strip own = {p->w + at->first * bytes, at->apart * bytes, at->step * bytes, at->apart == 1 ? AHEAD_NEAR : AHEAD, at->times};
+    int64_t ahead = at->apart == 1 ? AHEAD_NEAR : AHEAD;
+    const Strip own = {p->w + at->first * bytes, at->apart * bytes, at->step * bytes, ahead, at->times};
     float sums[ROWS * LINE];
 #if X86
     if (variant >= USES_AVX512) {
@@ -349,10 +350,10 @@ static void strip(const Plain *p, const Place *at, int64_t row, int rows, int va
 
 INLINE int at_most(int64_t number, int most) { return number < most ? (int)number : most; }
 
-/* Rows begin … end of W against few rows of x: W is read from memory, at STREAMS places. */
+/* Rows begin … end of W against few rows of x: W is read from memory, at several places. */
 static void few_rows(const Plain *p, int64_t begin, int64_t end, int64_t n, int variant) {
-    int wide = variant != USES_AVX2 && !ARM;                                  /* whether there are registers for: */
-    int streams = n <= FEW ? STREAMS : wide && n <= ROWS / 2 ? STREAMS : ARM ? 2 : 3, most = wide || ARM ? ROWS : AVX2_TALL;
+    int narrow = variant == USES_AVX2, most = narrow ? AVX2_TALL : ROWS;
+    int streams = n <= FEW || (n <= ROWS / 2 && !narrow && !ARM) ? STREAMS : ARM ? 2 : 3; /* so that sums are in registers */
     int64_t apart = (end - begin) / streams, left = begin + apart * streams;
     for (int64_t first = begin; first < begin + apart; first += MOST_TIMES)
         for (int64_t row = 0; row < n; row += most) {
