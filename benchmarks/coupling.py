@@ -1,5 +1,7 @@
-"""How often a draft and the model draw the same token, if both use one number for it (inverse CDF, in the order of token
-ids) or one number for each token (Gumbel noise: the largest of logit and noise wins).
+"""How often a draft and the model draw the same token, by one number or by one number for each token.
+
+One number: inverse CDF, in the order of token ids, as the engine draws. One for each token: Gumbel noise; the largest
+sum of log-probability and noise wins.
 
 python benchmarks/coupling.py [--noise 0.05] [--draws 200]
 
