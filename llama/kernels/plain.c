@@ -120,8 +120,7 @@ AVX2 INLINE void avx2_rows(
 enum { ALL = 0 };
 #define WHOLE(there) (__builtin_constant_p(there) && (there) == ALL)
 
-/* `there` masks the numbers of a vector that belong to the row, which are ALL but in its last one. The last one is masked
-   also where it is whole: a branch about it would move the sums to memory. */
+/* `there` masks the numbers of a vector that belong to the row, which are ALL but in its last one. */
 AVX512 INLINE __m512 avx512_weights(const uint8_t *row, int stored, int64_t i, int there) {
     if (stored == FLOAT32) return WHOLE(there) ? _mm512_loadu_ps((const float *)row + i)
                                                : _mm512_maskz_loadu_ps((__mmask16)there, (const float *)row + i);
@@ -172,23 +171,6 @@ AVX512 INLINE void avx512_step(
     }
 }
 
-AVX512 INLINE void avx512_rows(
-    const Plain *p, const Strip *strip, int streams, int64_t row, int rows, int stored, float *sums
-) {
-    const float *x = (const float *)p->x + row * p->stride;
-    const int64_t apart = strip->apart, stride = p->stride;
-    const uint8_t *w = strip->w;
-    for (int t = 0; t < strip->times; t++, w += strip->step, sums += streams) {
-        __m512 sum[STREAMS * ROWS + 3];
-        int64_t i = 0;
-#pragma GCC unroll 35
-        for (int k = 0; k < streams * rows + 3; k++) sum[k] = _mm512_setzero_ps();
-        for (; i < p->inputs - 16; i += 16) avx512_step(w, apart, strip->ahead, streams, x, stride, i, rows, stored, ALL, sum);
-        avx512_step(w, apart, strip->ahead, streams, x, stride, i, rows, stored, mask_of(p->inputs - i), sum);
-        avx512_sums(sum, streams, rows, sums);
-    }
-}
-
 /* The same for W and x of bfloat16, by instructions that multiply pairs. */
 AVX512_BF16 INLINE __m512bh bfloat16_pairs(const uint16_t *from, int there) {
     return (__m512bh)(WHOLE(there) ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((__mmask32)there, from));
@@ -196,8 +178,9 @@ AVX512_BF16 INLINE __m512bh bfloat16_pairs(const uint16_t *from, int there) {
 
 AVX512_BF16 INLINE void bfloat16_step(
     const uint8_t *w, int64_t apart, int64_t ahead, int streams, const uint16_t *x, int64_t stride, int64_t i, int rows,
-    int there, __m512 *sum
+    int stored, int there, __m512 *sum
 ) {
+    (void)stored;
     __m512bh weights[STREAMS];
     for (int s = 0; s < streams; s++) {
         if (streams != STREAMS || rows != TALL) _mm_prefetch((const char *)w + s * apart + i * 2 + ahead, _MM_HINT_T0);
@@ -209,29 +192,33 @@ AVX512_BF16 INLINE void bfloat16_step(
     }
 }
 
-AVX512_BF16 INLINE void bfloat16_rows(
-    const Plain *p, const Strip *strip, int streams, int64_t row, int rows, float *sums
-) {
-    const uint16_t *x = (const uint16_t *)p->x + row * p->stride;
-    const int64_t apart = strip->apart, stride = p->stride;
-    const uint8_t *w = strip->w;
-    for (int t = 0; t < strip->times; t++, w += strip->step, sums += streams) {
-        __m512 sum[STREAMS * ROWS + 3];
-        int64_t i = 0;
-#pragma GCC unroll 35
-        for (int k = 0; k < streams * rows + 3; k++) sum[k] = _mm512_setzero_ps();
-        for (; i < p->inputs - 32; i += 32) bfloat16_step(w, apart, strip->ahead, streams, x, stride, i, rows, ALL, sum);
-        bfloat16_step(w, apart, strip->ahead, streams, x, stride, i, rows, mask_of(p->inputs - i), sum);
-        avx512_sums(sum, streams, rows, sums);
+/* Whole rows, `width` inputs at a step. The last step is masked also where it is whole: a branch would move sums to memory. */
+#define ROWS_OF(target, name, Number, width, step_of) \
+    target INLINE void name( \
+        const Plain *p, const Strip *strip, int streams, int64_t row, int rows, int stored, float *sums \
+    ) { \
+        const Number *x = (const Number *)p->x + row * p->stride; \
+        const int64_t apart = strip->apart, ahead = strip->ahead, stride = p->stride; \
+        const uint8_t *w = strip->w; \
+        for (int t = 0; t < strip->times; t++, w += strip->step, sums += streams) { \
+            __m512 sum[STREAMS * ROWS + 3]; \
+            int64_t i = 0; \
+            _Pragma("GCC unroll 35") for (int k = 0; k < streams * rows + 3; k++) sum[k] = _mm512_setzero_ps(); \
+            for (; i < p->inputs - width; i += width) \
+                step_of(w, apart, ahead, streams, x, stride, i, rows, stored, ALL, sum); \
+            step_of(w, apart, ahead, streams, x, stride, i, rows, stored, mask_of(p->inputs - i), sum); \
+            avx512_sums(sum, streams, rows, sums); \
+        } \
     }
-}
+ROWS_OF(AVX512, avx512_rows, float, 16, avx512_step)
+ROWS_OF(AVX512_BF16, bfloat16_rows, uint16_t, 32, bfloat16_step)
 
 /* Each number of rows and of streams, and each way in which W is stored, is code of its own. */
 #define FOR_STORED(name, streams, rows) \
     if (p->stored == BFLOAT16) name(p, strip, streams, row, rows, BFLOAT16, sums); \
     else if (p->stored == FLOAT16) name(p, strip, streams, row, rows, FLOAT16, sums); \
     else name(p, strip, streams, row, rows, FLOAT32, sums);
-#define FOR_BOTH(name, streams, rows) name(p, strip, streams, row, rows, sums);
+#define FOR_PAIRS(name, streams, rows) name(p, strip, streams, row, rows, BFLOAT16, sums);
 #define CASE(each, name, rows, streams) case rows + streams * 16: each(name, streams, rows) break;
 #define CASES(each, name, rows) CASE(each, name, rows, 1)
 #define BY_SIZE(target, function, each, name, MORE) \
@@ -251,7 +238,7 @@ AVX512_BF16 INLINE void bfloat16_rows(
     CASE(each, name, 3, 4) CASE(each, name, 4, 4) CASE(each, name, 5, 4) CASE(each, name, 6, 4)
 BY_SIZE(AVX2, avx2, FOR_STORED, avx2_rows, MORE_OF_3)
 BY_SIZE(AVX512, avx512, FOR_STORED, avx512_rows, MORE_OF_4)
-BY_SIZE(AVX512_BF16, avx512_bf16, FOR_BOTH, bfloat16_rows, MORE_OF_4)
+BY_SIZE(AVX512_BF16, avx512_bf16, FOR_PAIRS, bfloat16_rows, MORE_OF_4)
 #endif
 
 /* ------------------------------------------------------------------------------------------------- what Python calls */
