@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SMALL = {
     "dim": 64,
@@ -66,3 +66,12 @@ def unpacked(weight: Tensor) -> Tensor:
     if weight.dim() == 2:
         return weight
     return weight.unflatten(3, (16, -1)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
+
+
+def held(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters by name, those that lie in files as several matrices joined."""
+    found = {name: parameter for name, parameter in model.named_parameters() if ".parts." not in name}
+    for name, layer in model.named_modules():
+        if len(getattr(layer, "parts", ())):
+            found[f"{name}.weight"] = torch.cat(list(layer.parts))
+    return found

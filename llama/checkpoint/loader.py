@@ -21,14 +21,16 @@ from llama.checkpoint.layout import (
     shard_shape,
     stored_names,
 )
+from llama.checkpoint.pages import fetch_pages
 from llama.checkpoint.source import Source, checkpoint_dtype, read_slice
 from llama.device import choose_dtype
 from llama.errors import CheckpointError, DeviceError
 from llama.kernels.invariance import costs_nothing, why_not_invariant
 from llama.kernels.library import on_huge_pages
-from llama.kernels.plain import held_dtype
+from llama.kernels.plain import can_multiply, held_dtype
 from llama.kernels.quantized import BLOCK_ROWS, can_pack, pack, pack_rows, pack_scales, quantize
 from llama.model.args import ModelArgs
+from llama.model.linear import ColumnLinear
 from llama.model.transformer import Transformer
 from llama.options import RunOptions
 from llama.parallel import model_parallel_rank, model_parallel_size
@@ -60,8 +62,14 @@ def load(
         args, weight_format=weight_format, kv_dtype=options.kv_dtype,
         batch_invariant=_batch_invariant(options, device, dtype, processes),
     )  # fmt: skip
-    fill(model, source, device, dtype, held)
+    fill(model, source, device, dtype, held, not options.compile and _reads_as_stored(args.dim, device, dtype, held))
     return model.eval()
+
+
+def _reads_as_stored(dim: int, device: torch.device, dtype: torch.dtype, held: torch.dtype) -> bool:
+    """Whether our kernels multiply rows of `dtype` with weights in `held` as they lie in a file."""
+    weight = torch.empty((0, dim), dtype=held, device=device)
+    return can_multiply(weight, dtype, 1) and not can_pack(weight, dtype)
 
 
 def _batch_invariant(options: RunOptions, device: torch.device, dtype: torch.dtype, processes: int) -> bool:
@@ -90,13 +98,15 @@ def _weight_format(source: Source, asked: str | None) -> str | None:
 
 
 def fill(
-    model: Transformer, source: Source, device: torch.device, dtype: torch.dtype, held: torch.dtype | None = None
-) -> None:
+    model: Transformer, source: Source, device: torch.device, dtype: torch.dtype, held: torch.dtype | None = None,
+    in_place: bool = False,
+) -> None:  # fmt: skip
     """Give every parameter of a model on the meta device this rank's slices of the source, converted to `dtype`, or
     matrices to `held` where it is not None.
 
-    What has been read of the source is let go. Matrices of a quantised model are quantised one by one, unless they are
-    stored so. Matrices that our kernels read are packed.
+    With `in_place`, matrices that lie in the files as they are wanted stay there: the mapped files are the model's
+    memory, which every process that runs it shares. What has been read of the others is let go. Matrices of a quantised
+    model are quantised one by one, unless they are stored so. Matrices that our kernels read in blocks are packed.
     """
     reader = _Reader(source, model_parallel_size(), model_parallel_rank(), device)
     # What a tensor needs beside itself is then gone before all is there.
@@ -109,7 +119,14 @@ def fill(
         for name in sizes:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
-            if leaf == "weight" and hasattr(module, "scales"):
+            own_dtype = (held or dtype) if hasattr(module, "scales") else dtype
+            if in_place and (parts := _parts_in_place(reader, name, model, own_dtype)):
+                weight = parts[0]
+                if len(parts) > 1:
+                    assert isinstance(module, ColumnLinear)
+                    module.parts.extend(nn.Parameter(part, requires_grad=False) for part in parts)
+                    weight = weight[:0]
+            elif leaf == "weight" and hasattr(module, "scales"):
                 weight, scales = _matrix(reader, stored_names(name), dtype, held or dtype, model.weight_format)
                 if scales is not None:
                     module.scales = scales
@@ -122,6 +139,19 @@ def fill(
     for name, other in shared.items():
         model.get_submodule(name.removesuffix(".weight")).weight = model.get_parameter(other)
     _return_memory()
+
+
+def _parts_in_place(reader: "_Reader", name: str, model: Transformer, dtype: torch.dtype) -> list[Tensor]:
+    """A matrix as parts that lie in the files, in memory by now; an empty list where it cannot be had so."""
+    names = stored_names(name)
+    if model.get_parameter(name).dim() < 2 or format_of(names[0], model.weight_format):
+        return []
+    parts = reader.whole_rows(names, dtype)
+    if len(parts) > 1 and not isinstance(model.get_submodule(name.rpartition(".")[0]), ColumnLinear):
+        return []
+    for part in parts:
+        fetch_pages(part)
+    return parts
 
 
 def _shared(model: Transformer, source: Source, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -150,7 +180,8 @@ def _stored_matrix(
     scales = reader.joined(list(map(scales_of, names)), SCALE_DTYPE) if own_format else None
     own_dtype = integer_dtype(own_format) if own_format else held
     rows = reader.whole_rows(names, own_dtype)
-    if rows and reader.device.type == "cpu" and can_pack(rows[0], dtype):
+    whole_blocks = not any(len(piece) % BLOCK_ROWS for piece in rows[:-1])
+    if rows and whole_blocks and reader.device.type == "cpu" and can_pack(rows[0], dtype):
         weight = pack_rows(rows)
         for piece in rows:
             reader.source.release(piece)
@@ -183,18 +214,15 @@ class _Reader:
         return whole
 
     def whole_rows(self, names: Sequence[str], dtype: torch.dtype) -> list[Tensor]:
-        """The slices as they lie in the files.
-
-        An empty list where they are not whole rows of `dtype`, or one but the last ends within a block of packed
-        weights.
-        """
+        """The slices as they lie in the files; an empty list where they are not whole rows of `dtype`."""
         rows: list[Tensor] = []
         for name in names:
             for piece in self.source.slices(name, self.processes, self.rank):
-                if not piece.is_contiguous() or piece.dtype != dtype or piece.shape[1] != self.source.shape(name)[1]:
+                whole = piece.is_contiguous() and piece.shape[1] == self.source.shape(name)[1]
+                if not whole or piece.dtype != dtype or piece.data_ptr() % dtype.itemsize:
                     return []
                 rows.append(piece)
-        return rows if not any(len(piece) % BLOCK_ROWS for piece in rows[:-1]) else []
+        return rows
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return shard_shape(name, self.source.shape(name), self.processes)

@@ -85,7 +85,7 @@ def _cgroup_free() -> int:
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return _NO_LIMIT
-    return _cgroup_limit() - used + int(stat.get("inactive_file", 0))
+    return _cgroup_limit() - used + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
 
 
 def check_fits(needed: Need, free: int, max_seq_len: int, max_batch_size: int, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 
-/* One layer: the pointers that decode_step.py passes. The scales of a matrix that is not quantised are 0. */
+/* One layer: the pointers that decode_step.py passes; of matrices, those that llama_product takes. */
 typedef struct {
     const void *attention_norm, *wqkv, *wqkv_scales, *wo, *wo_scales;
     const void *ffn_norm, *w13, *w13_scales, *w2, *w2_scales;

@@ -16,7 +16,7 @@ from llama.kernels.library import (
     variant,
     without_tiles,
 )
-from llama.kernels.plain import can_multiply, most_rows
+from llama.kernels.plain import can_multiply, most_rows, table_of
 from llama.kernels.quantized import is_packed
 
 ANY = 1 << 30
@@ -45,15 +45,17 @@ class DecodeStep:
         args = model.params
         self._freqs_cis, self._cache = freqs_cis, cache
         self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._tables: list[Tensor] = []  # of weights as they are stored
         layers = []
         for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
             wqkv, wo, w13, w2 = (layer.get_submodule(name) for name in _MATRICES)
             layers.append([
-                layer.attention_norm.weight.data_ptr(), *_pointers(wqkv), *_pointers(wo),
-                layer.ffn_norm.weight.data_ptr(), *_pointers(w13), *_pointers(w2), keys.data_ptr(), values.data_ptr(),
+                layer.attention_norm.weight.data_ptr(), *self._pointers(wqkv), *self._pointers(wo),
+                layer.ffn_norm.weight.data_ptr(), *self._pointers(w13), *self._pointers(w2),
+                keys.data_ptr(), values.data_ptr(),
             ])  # fmt: skip
         self._layers = torch.tensor(layers, dtype=torch.int64)
-        ends = [model.tok_embeddings.weight.data_ptr(), model.norm.weight.data_ptr(), *_pointers(model.output)]
+        ends = [model.tok_embeddings.weight.data_ptr(), model.norm.weight.data_ptr(), *self._pointers(model.output)]
         self._ends = torch.tensor([*ends, freqs_cis.data_ptr()], dtype=torch.int64)
         self._shape = Shape(
             dim=args.dim, hidden=args.hidden_dim, vocab=args.vocab_size, n_heads=args.n_heads,
@@ -62,6 +64,13 @@ class DecodeStep:
             format=_code(wo.weight), output_format=_code(model.output.weight),
             variant=without_tiles(variant()) if model.batch_invariant else variant(),
         )  # fmt: skip
+
+    def _pointers(self, linear: Any) -> tuple[int, int]:
+        """llama_product's `w` and `scales`."""
+        if is_packed(linear.weight):
+            return linear.weight.data_ptr(), 0 if linear.scales is None else linear.scales.data_ptr()
+        self._tables.append(table_of(tuple(getattr(linear, "parts", ())) or (linear.weight,)))
+        return self._tables[-1].data_ptr(), 0
 
     def is_of(self, freqs_cis: Tensor, cache: Any) -> bool:
         """Whether these pointers are those of that RoPE table and cache."""
@@ -109,7 +118,3 @@ def rows_alike(model: Any) -> int:
 
 def _code(weight: Tensor) -> int:
     return FORMAT_CODES[weight.dtype] if is_packed(weight) else STORED_CODES[weight.dtype]
-
-
-def _pointers(linear: Any) -> tuple[int, int]:
-    return linear.weight.data_ptr(), 0 if linear.scales is None else linear.scales.data_ptr()

@@ -130,13 +130,21 @@ typedef struct {
 int llama_variant(void);
 int64_t llama_most_rows(int dtype, int variant);
 int64_t llama_workspace(int64_t n, int64_t inputs, int dtype, int format, int variant, int threads);
+
+/* Some rows of W as they are stored. W is a table of such parts, one below the other, until all its rows are there. */
+typedef struct {
+    const uint8_t *w;
+    int64_t rows;
+} Part;
+
+/* `w`: packed weights, or a table of parts where `format` is AS_STORED + a dtype. */
 void llama_product(
-    const void *x, const uint8_t *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
+    const void *x, const void *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
     int64_t outputs, int dtype, int format, int variant, int threads
 );
 int64_t llama_plain_workspace(int64_t n, int64_t inputs, int dtype, int stored, int variant);
 void llama_plain_product(
-    const void *x, const uint8_t *w, void *y, uint8_t *workspace, int64_t n, int64_t inputs, int64_t outputs, int dtype,
+    const void *x, const Part *parts, void *y, uint8_t *workspace, int64_t n, int64_t inputs, int64_t outputs, int dtype,
     int stored, int variant, int threads
 );
 

@@ -384,16 +384,22 @@ int64_t llama_plain_workspace(int64_t n, int64_t inputs, int dtype, int stored, 
     return as_is && n <= FEW ? 0 : 64 + n * copied_stride(inputs, size) * size;
 }
 
-/* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, x and y of `dtype`, W `stored` as bfloat16, float16 or float32. */
+/* Rows begin … end of W against n rows of x. */
+static void some_rows(const Plain *p, int64_t begin, int64_t end, int64_t n, int variant) {
+    if (n <= MOST_FEW) few_rows(p, begin, end, n, variant);
+    else llama_multiply_near(p, begin, end, n, variant);
+}
+
+/* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, x and y of `dtype`, W in parts, each `stored` as bfloat16, float16
+   or float32. */
 void llama_plain_product(
-    const void *x, const uint8_t *w, void *y, uint8_t *workspace, int64_t n, int64_t inputs, int64_t outputs, int dtype,
+    const void *x, const Part *parts, void *y, uint8_t *workspace, int64_t n, int64_t inputs, int64_t outputs, int dtype,
     int stored, int variant, int threads
 ) {
     int as_is = as_it_is(dtype, stored, variant), copied = !as_is || n > FEW;
     int64_t size = as_is ? bytes_of(dtype) : 4, stride = copied ? copied_stride(inputs, size) : inputs;
     uint8_t *copy = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
-    Plain p = {copied ? copy : x, w, y, inputs, outputs, stride, dtype, stored, as_is && dtype == BFLOAT16};
-    int64_t share = (outputs + threads - 1) / threads;
+    const Plain p = {copied ? copy : x, 0, 0, inputs, outputs, stride, dtype, stored, as_is && dtype == BFLOAT16};
     if (copied && n <= MOST_FEW) /* one thread is faster than waking the others */
         for (int64_t row = 0; row < n; row++) copy_row(x, copy, row, &p, as_is);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -402,12 +408,17 @@ void llama_plain_product(
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < n; row++) copy_row(x, copy, row, &p, as_is);
         }
+        Plain own = p;
+        int64_t done = 0;
+        for (const Part *part = parts; done < outputs; done += part++->rows) {
+            int64_t share = (part->rows + threads - 1) / threads;
+            own.w = part->w;
+            own.y = (uint8_t *)y + done * bytes_of(dtype);
 #pragma omp for schedule(static, 1) nowait
-        for (int thread = 0; thread < threads; thread++) {
-            int64_t begin = thread * share, end = begin + share < outputs ? begin + share : outputs;
-            if (begin >= end) continue;
-            if (n <= MOST_FEW) few_rows(&p, begin, end, n, variant);
-            else llama_multiply_near(&p, begin, end, n, variant);
+            for (int thread = 0; thread < threads; thread++) {
+                int64_t begin = thread * share, end = begin + share < part->rows ? begin + share : part->rows;
+                if (begin < end) some_rows(&own, begin, end, n, variant);
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 """Products with weights as they are stored, on a CPU: see plain.c."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -38,16 +40,22 @@ def widened_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([linear(x, part.to(x.dtype)) for part in parts], 1)
 
 
-def plain_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (N, C) · W (R, C)ᵀ → (N, R), where `can_multiply` says so."""
+def table_of(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices of whole rows, which must stay where they are, as one for our kernels: kernels.h's Parts, (n, 2)."""
+    assert all(part.is_contiguous() and part.dtype == parts[0].dtype for part in parts)
+    return torch.tensor([(part.data_ptr(), len(part)) for part in parts])
+
+
+def plain_product(x: Tensor, *parts: Tensor) -> Tensor:
+    """x (N, C) · W (R, C)ᵀ → (N, R), where `can_multiply` says so; W in parts of whole rows, one below the other."""
     library = cpu_library(x)
-    assert library is not None and weight.is_contiguous()
-    x, (n, inputs) = x.contiguous(), x.shape
-    y = torch.empty((n, len(weight)), dtype=x.dtype)
-    dtype, code, threads = DTYPE_CODES[x.dtype], STORED_CODES[weight.dtype], torch.get_num_threads()
+    assert library is not None
+    x, (n, inputs), table = x.contiguous(), x.shape, table_of(parts)
+    y = torch.empty((n, sum(map(len, parts))), dtype=x.dtype)
+    dtype, code, threads = DTYPE_CODES[x.dtype], STORED_CODES[parts[0].dtype], torch.get_num_threads()
     workspace = torch.empty(library.llama_workspace(n, inputs, dtype, code, variant(), threads), dtype=torch.uint8)
     library.llama_product(
-        x.data_ptr(), weight.data_ptr(), 0, y.data_ptr(), workspace.data_ptr(), n, inputs, len(weight), dtype, code,
+        x.data_ptr(), table.data_ptr(), 0, y.data_ptr(), workspace.data_ptr(), n, inputs, y.shape[1], dtype, code,
         variant(), threads,
     )  # fmt: skip
     return y

@@ -347,7 +347,7 @@ int64_t llama_workspace(int64_t n, int64_t inputs, int dtype, int format, int va
 /* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, x and y of `dtype`; W packed, with inputs a multiple of GROUP, or
    as it is stored. Packed bfloat16 weights are for USES_AMX only, with x of bfloat16. */
 void llama_product(
-    const void *x, const uint8_t *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
+    const void *x, const void *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
     int64_t outputs, int dtype, int format, int variant, int threads
 ) {
     if (format >= AS_STORED) {

@@ -1,5 +1,6 @@
 """fairscale's parallel layers, made on the meta device, with the product that this device computes fastest."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -38,15 +39,27 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, outputs: int, inva
     return linear(x, weight)
 
 
+def product_of_parts(x: Tensor, parts: Sequence[Tensor], invariant: bool = False) -> Tensor:
+    """The same with a weight as it is stored, in parts of whole rows."""
+    if can_multiply(parts[0], x.dtype, x.shape[0], invariant):
+        return plain_product(x, *parts)
+    return torch.cat([product(x, part, None, len(part)) for part in parts], 1)
+
+
 class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]  # fairscale has no types
     """Each rank computes its own outputs; they are gathered where all ranks need all of them."""
 
     scales: Tensor | None = None
+    parts: nn.ParameterList  # the weight's rows, where they lie in files as several matrices: then it has none
     invariant = False  # see `product`
     ranks: int
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _plus(product(x, self.weight, self.scales, self.output_size_per_partition, self.invariant), self.bias)
+        y = (
+            product_of_parts(x, tuple(self.parts), self.invariant) if len(self.parts)
+            else product(x, self.weight, self.scales, self.output_size_per_partition, self.invariant)
+        )  # fmt: skip
+        y = _plus(y, self.bias)
         return gather_from_model_parallel_region(y) if self.gather_output and self.ranks > 1 else y
 
 
@@ -71,6 +84,7 @@ def column_parallel(inputs: int, outputs: int, *, bias: bool = False, gather: bo
     layer = ColumnLinear(mp, mp, bias=False, gather_output=gather, init_method=lambda weight: weight)
     layer.ranks, layer.in_features, layer.out_features = mp, inputs, outputs
     layer.output_size_per_partition = outputs // mp
+    layer.parts = nn.ParameterList()
     return _on_meta(layer, outputs // mp, inputs, bias)
 
 

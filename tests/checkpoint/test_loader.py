@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import SMALL, SPLIT, random_weights, save, unpacked
+from checkpoints import SMALL, SPLIT, held, random_weights, save, unpacked
 from conftest import DEMO
 from near_ties import logits_of
 from torch import Tensor
@@ -59,7 +59,7 @@ def expected_parameters(weights: dict[str, Tensor], processes: int, rank: int) -
 
 def assert_same(model: Transformer, expected: dict[str, Tensor]) -> None:
     """Bit for bit, names, shapes and dtypes included."""
-    found = dict(model.named_parameters())
+    found = held(model)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
@@ -514,6 +514,7 @@ def test_free_memory_is_shared_among_the_processes_of_a_machine(monkeypatch: pyt
         ({"memory.max": "max\n", "memory.current": "5\n"}, 1 << 62),
         ({"memory.max": "1000\n", "memory.current": "400\n", "memory.stat": "anon 400\ninactive_file 0\n"}, 600),
         ({"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": "anon 400\ninactive_file 500\n"}, 600),
+        ({"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": "inactive_file 9\nactive_file 91\n"}, 200),
     ],
 )
 def test_a_containers_limit_counts_but_not_its_page_cache(
@@ -594,17 +595,42 @@ def test_verify_without_a_checklist_says_so(build: Callable[..., Llama]) -> None
         build(verify=True)
 
 
-def test_the_model_shares_no_memory_with_its_files(
+def test_files_may_be_replaced_or_deleted_once_they_are_loaded(
     build: Callable[..., Llama], tmp_path: Path, small: dict, weights: dict
 ) -> None:
-    """The files may be overwritten in place or deleted once they are loaded."""
+    """Where the model's memory is theirs, it keeps what it has opened."""
     path = save(tmp_path, small, weights) / "consolidated.00.pth"
     model = build(tmp_path).model
-    with open(path, "r+b") as file:
-        file.write(b"\xff" * path.stat().st_size)
+    (tmp_path / "new").write_bytes(b"\xff" * path.stat().st_size)
+    (tmp_path / "new").replace(path)
     assert_same(model, expected_parameters(weights, 1, 0))
     path.unlink()
     assert_same(model, expected_parameters(weights, 1, 0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/smaps is of Linux")
+@pytest.mark.skipif(library.load()[0] is None, reason="there are no kernels for it")
+@pytest.mark.parametrize("shards", [1, 2])
+def test_matrices_stay_in_the_files_where_our_kernels_read_them_there(
+    build: Callable[..., Llama], tmp_path: Path, small: dict, weights: dict, shards: int
+) -> None:
+    """Of several shards those that are split by rows; as another dtype none, and none of them quantised."""
+    folder = save(tmp_path, small, weights, shards)
+    layer = build(folder).model.layers[0]
+    assert len(layer.attention.wqkv.parts) == 3 * shards and not layer.attention.wqkv.weight.numel()
+    assert is_mapped(layer.feed_forward.w13.parts[-1], folder) and is_mapped(layer.feed_forward.w13.parts[0], folder)
+    assert is_mapped(layer.attention.wo.weight, folder) is (shards == 1)
+    for other in (build(folder, dtype="bfloat16"), build(folder, quantize="int8")):
+        assert not any(is_mapped(parameter, folder) for parameter in other.model.layers.parameters())
+
+
+def is_mapped(tensor: Tensor, folder: Path) -> bool:
+    """Whether a tensor's memory is that of a file in the folder."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return str(folder) in line
+    return False
 
 
 def test_build_leaves_no_trace_in_the_process(build: Callable[..., Llama]) -> None:
@@ -645,9 +671,9 @@ def test_matrices_keep_their_16_bits_beside_float32(
     assert f"{str(stored)[6:]} weights, float32 on cpu" in capsys.readouterr().err
     assert llama.model.dtype == torch.float32 == whole.model.output.weight.dtype
     assert {llama.model.output.weight.dtype, llama.model.layers[0].attention.wqkv.weight.dtype} == {stored}
-    held = sum(parameter.nbytes for parameter in llama.model.parameters())
+    own = sum(parameter.nbytes for parameter in llama.model.parameters())
     needed = memory.need(llama.model.params, torch.float32, 1, 512, held=stored)
-    assert held == needed.weights < 0.7 * sum(parameter.nbytes for parameter in whole.model.parameters())
+    assert own == needed.weights < 0.7 * sum(parameter.nbytes for parameter in whole.model.parameters())
     tokens = torch.randint(3, 512, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     torch.testing.assert_close(logits_of(llama)(tokens), logits_of(whole)(tokens), atol=1e-4, rtol=0)
     few = tokens[: plain.most_rows()]

@@ -100,7 +100,13 @@ static void *multiplied(const Product *p, const void *x, int64_t n, int threads)
     uint8_t *workspace = buffer(bytes);
     void *y = buffer(n * p->outputs * size_of(p->dtype));
     memset(workspace, 0xff, (size_t)bytes); /* what an earlier product left */
-    llama_product(x, p->w, p->scales, y, workspace, n, p->inputs, p->outputs, p->dtype, p->format, p->variant, threads);
+    /* As stored, W is in three parts, one of which may be empty. */
+    int64_t first = p->outputs / 3, second = p->outputs / 2 - first, row = p->inputs * size_of(p->format - AS_STORED);
+    const Part parts[] = {
+        {p->w, first}, {p->w + first * row, second}, {p->w + (first + second) * row, p->outputs - first - second}
+    };
+    const void *w = p->format >= AS_STORED ? (const void *)parts : p->w;
+    llama_product(x, w, p->scales, y, workspace, n, p->inputs, p->outputs, p->dtype, p->format, p->variant, threads);
     free(workspace);
     return y;
 }
@@ -439,8 +445,16 @@ static void check_sampling(int variant, int64_t vocab) {
 
 enum { DIM = 32, HIDDEN = 64, VOCAB = 37, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 8, POSITIONS = 8, SLOTS = 2, LAYERS = 2 };
 
+static const void *numbers(int dtype, int64_t count) { return random_numbers(count, dtype, 0.3f); }
+
+/* In one part, whose rows lie behind it. */
 static const void *matrix(int dtype, int64_t outputs, int64_t inputs) {
-    return random_numbers(outputs * inputs, dtype, 0.3f);
+    int64_t bytes = outputs * inputs * size_of(dtype);
+    uint8_t *rows = random_numbers(outputs * inputs, dtype, 0.3f);
+    Part *part = buffer((int64_t)sizeof *part + bytes);
+    *part = (Part){memcpy(part + 1, rows, (size_t)bytes), outputs};
+    free(rows);
+    return part;
 }
 
 static float *stepped(
@@ -470,8 +484,8 @@ static float *check_step(int variant, int dtype) {
     state = 7; /* so that every variant gets the same model */
     for (int i = 0; i < LAYERS; i++) {
         layers[i] = (Layer){
-            .attention_norm = matrix(dtype, 1, DIM), .wqkv = matrix(dtype, (HEADS + 2 * KV_HEADS) * HEAD_DIM, DIM),
-            .wo = matrix(dtype, DIM, HEADS * HEAD_DIM), .ffn_norm = matrix(dtype, 1, DIM),
+            .attention_norm = numbers(dtype, DIM), .wqkv = matrix(dtype, (HEADS + 2 * KV_HEADS) * HEAD_DIM, DIM),
+            .wo = matrix(dtype, DIM, HEADS * HEAD_DIM), .ffn_norm = numbers(dtype, DIM),
             .w13 = matrix(dtype, 2 * HIDDEN, DIM), .w2 = matrix(dtype, DIM, HIDDEN), .keys = buffer(cache),
             .values = buffer(cache),
         };
@@ -480,7 +494,7 @@ static float *check_step(int variant, int dtype) {
         memset(layers[i].keys, 0, (size_t)cache), memset(layers[i].values, 0, (size_t)cache);
     }
     Ends ends = {
-        .embeddings = matrix(dtype, VOCAB, DIM), .norm = matrix(dtype, 1, DIM), .output = matrix(dtype, VOCAB, DIM),
+        .embeddings = numbers(dtype, VOCAB * DIM), .norm = numbers(dtype, DIM), .output = matrix(dtype, VOCAB, DIM),
         .freqs_cis = random_numbers(POSITIONS * HEAD_DIM, FLOAT32, 1),
     };
     float *logits = stepped(layers, &ends, &s, N, TOKENS, TO, AT, SEVERAL);

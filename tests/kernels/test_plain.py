@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama.kernels import dispatch, library, plain
 from llama.kernels.plain import can_multiply, plain_product
-from llama.model.linear import product
+from llama.model.linear import product, product_of_parts
 
 LIBRARY = library.load()[0]
 VARIANTS = library.VARIANTS[: LIBRARY.llama_variant() + 1] if LIBRARY else ()
@@ -72,6 +72,23 @@ def test_results_depend_on_neither_threads_nor_neighbours(
                     assert plain_product(x, weight).equal(alone), (name, count)
             finally:
                 torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), PAIRS, ids=str)
+@settings(max_examples=20)
+@given(rows=st.lists(st.integers(0, 40), min_size=1, max_size=5), n=st.sampled_from([1, 2, 5, 16, 17, 30]))
+def test_parts_are_one_matrix(dtype: torch.dtype, stored: torch.dtype, rows: list[int], n: int) -> None:
+    """To the bit, wherever they lie, whatever their lengths; by PyTorch's operators within rounding."""
+    generator = torch.Generator().manual_seed(sum(rows))
+    parts = [torch.randn(count + 1, 70, generator=generator).to(stored)[:count] for count in rows]
+    x = torch.randn(n, 70, generator=generator).to(dtype)
+    for name in VARIANTS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plain, "variant", lambda name=name: library.VARIANTS.index(name))
+            assert plain_product(x, *parts).equal(plain_product(x, torch.cat(parts))), name
+            torch.testing.assert_close(
+                product_of_parts(x, parts), product_of_parts(x, [torch.cat(parts)]), atol=2e-1, rtol=2e-2
+            )
 
 
 @pytest.mark.parametrize(("dtype", "stored"), PAIRS, ids=str)

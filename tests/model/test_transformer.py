@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from checkpoints import SMALL, random_weights, save
+from checkpoints import SMALL, held, random_weights, save
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,7 +129,7 @@ def test_only_wanted_rows_reach_the_output_layer(model: Transformer) -> None:
 
 def test_modules_have_the_names_of_the_checkpoint(model: Transformer) -> None:
     """Every parameter is a tensor of the file, but for wq|wk|wv and w1|w3, which are joined."""
-    names = [name for name, _ in model.named_parameters()]
+    names = list(held(model))
     assert sorted(source for name in names for source in stored_names(name)) == sorted(random_weights(SMALL))
     assert {name for name in names if len(stored_names(name)) > 1} == {
         f"layers.{i}.{part}.weight" for i in range(2) for part in ("attention.wqkv", "feed_forward.w13")
