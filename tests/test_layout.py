@@ -14,7 +14,7 @@ FLOORS = (
     ("cli",),
     ("batch",),
     ("generation",),
-    ("loading", "turns", "jobs"),
+    ("loading", "turns", "jobs", "prompt_cache"),
     ("output", "checkpoint"),
     ("engine", "predictions"),
     ("model",),
