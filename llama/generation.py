@@ -321,7 +321,7 @@ class Llama:
         was not built from files, or they have changed since.
         """
         if self.fingerprint is None:
-            raise PromptCacheError("this model was not made by Llama.build, so which weights it has is not known: use that")
+            raise PromptCacheError("this model was not made by Llama.build, so its weights are not known: use that")
         return prompt_cache.made_with(self.engine, self.fingerprint())
 
     def prompt_tokens(self, prompt: str | Dialog | Infilling) -> list[int]:

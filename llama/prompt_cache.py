@@ -76,8 +76,8 @@ def made_with(engine: Engine, weights: str) -> MadeWith:
     model = engine.model
     if (processes := parallel.model_parallel_size()) > 1:
         raise DeviceError(
-            f"this model is split over {processes} processes, each with a part of the KV cache, and a prompt cache holds"
-            " all of it: leave the prompt cache out, or run the model in one process"
+            f"this model is split over {processes} processes, each with a part of the KV cache, and a prompt cache"
+            " holds all of it: leave the prompt cache out, or run the model in one process"
         )
     left_out = ("max_batch_size", "max_seq_len", "quantize")
     sizes = {name: value for name, value in asdict(model.params).items() if name not in left_out}
@@ -99,7 +99,8 @@ def made_with(engine: Engine, weights: str) -> MadeWith:
 def write(path: str, prefix: Prefix, made: MadeWith) -> None:
     """Write the file beside its place, and rename it. Raises ParameterError where it cannot be written."""
     target, described = os.path.realpath(path), json.dumps(made)
-    tensors = {_TOKENS: torch.tensor(prefix.tokens), **dict(zip(_names(len(prefix.rows) // 2), prefix.rows, strict=True))}
+    tensors = dict(zip(_names(len(prefix.rows) // 2), prefix.rows, strict=True))
+    tensors[_TOKENS] = torch.tensor(prefix.tokens)
     metadata = {_VERSION: VERSION, _MADE_WITH: described, _SUM: _sum(described, tensors)}
     partial = None
     try:
@@ -117,7 +118,7 @@ def write(path: str, prefix: Prefix, made: MadeWith) -> None:
 
 
 def read(path: str, engine: Engine, made: MadeWith) -> Prefix:
-    """What a file holds, memory-mapped. Raises PromptCacheError unless it is whole, was `made` so, and has room here."""
+    """What a file holds, memory-mapped. Raises PromptCacheError unless it is whole, `made` so, and has room here."""
     tensors, metadata = _opened(path)
     if metadata.get(_VERSION) != VERSION:
         found = metadata.get(_VERSION)
@@ -166,7 +167,7 @@ def _check_same(path: str, was: MadeWith, now: MadeWith) -> None:
         if name == "weights":
             raise PromptCacheError(f"{path} was made with the weights of another checkpoint of this shape: {_CHOOSE}")
         raise PromptCacheError(
-            f"{path} was made with {name:.40}={was.get(name)!r:.60}, but this model has {now.get(name)!r:.60}: {_CHOOSE}"
+            f"{path} was made with {name:.40}={was.get(name)!r:.60}, this model has {now.get(name)!r:.60}: {_CHOOSE}"
         )
 
 

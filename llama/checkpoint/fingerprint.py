@@ -4,7 +4,6 @@ A checkpoint that was trained further differs in nearly all bytes of the matrice
 closer than the matrices are large tell it from what it was made from.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from hashlib import blake2b

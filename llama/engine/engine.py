@@ -127,8 +127,8 @@ class Engine:
         """Have a free slot hold these tokens and their rows. Raises DeviceError where no slot is free."""
         if not self.scheduler.free:
             raise DeviceError(
-                f"all {self.scheduler.slots} places for sequences are in use, so none can take what was computed before:"
-                " load it before requests run, or build with a larger max_batch_size"
+                f"all {self.scheduler.slots} places for sequences are in use, so none can take a prompt cache: load"
+                " it before requests run, or build with a larger max_batch_size"
             )
         self._copy_prefixes()
         self.scheduler.refill(tokens, lambda slot: self.cache.write_prefix(slot, rows))

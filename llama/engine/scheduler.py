@@ -127,7 +127,7 @@ class Scheduler:
         return next((slot for slot in self.free if self.prefixes[slot][: len(tokens)] == tokens), None)
 
     def refill(self, tokens: list[int], fill: Callable[[int], None]) -> None:
-        """Have the least recently used of the free slots hold these tokens, as if they had run there: `fill` writes it."""
+        """Have the free slot that was not used for longest hold these tokens: `fill` writes their keys and values."""
         assert self.free
         slot = self.free[0]
         self.prefixes[slot] = []  # it may fail half way
