@@ -47,7 +47,8 @@ def _once(command: Command) -> Command:
 @with_flags(gap=GAP, model=MODEL, sampling=SAMPLING)
 def complete(
     *prompts: str, prompt: Sequence[str] = (), json: bool = False, html: FilePath | None = None,
-    show_prompt: bool = False, prompt_cache: FilePath | None = None, gap: dict[str, Any], model: dict[str, Any], sampling: dict[str, Any],
+    show_prompt: bool = False, prompt_cache: FilePath | None = None, gap: dict[str, Any],
+    model: dict[str, Any], sampling: dict[str, Any],
 ) -> None:  # fmt: skip
     """Complete texts, or fill the gap in one.
 
