@@ -121,8 +121,8 @@ def read(path: str, engine: Engine, made: MadeWith) -> Prefix:
     """What a file holds, memory-mapped. Raises PromptCacheError unless it is whole, `made` so, and has room here."""
     tensors, metadata = _opened(path)
     if metadata.get(_VERSION) != VERSION:
-        found = metadata.get(_VERSION)
-        kind = "a safetensors file of another kind" if found is None else f"of version {found:.20}"
+        version = metadata.get(_VERSION)
+        kind = "a safetensors file of another kind" if version is None else f"of version {version:.20}"
         raise PromptCacheError(f"{path} is {kind}, not a prompt cache of version {VERSION}: {_CHOOSE}")
     described = metadata.get(_MADE_WITH, "")
     _check_same(path, _object(path, described), made)
@@ -205,7 +205,7 @@ def _sum(described: str, tensors: dict[str, Tensor]) -> str:
     """CRC-32 of what is said of the numbers, and of the numbers in the order of their names."""
     total = zlib.crc32(described.encode())
     for name in sorted(tensors):
-        data = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        data: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
         total = zlib.crc32(data, zlib.crc32(name.encode(), total))
     return f"{total:08x}"
 

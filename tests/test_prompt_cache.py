@@ -116,7 +116,7 @@ def test_another_checkpoint_of_the_same_shape_is_refused(build: Build, file: Pat
     with pytest.raises(PromptCacheError, match="weights of another checkpoint"):
         build(save(tmp_path / "other", small, changed)).load_prefix(file)
     scaled = save(tmp_path / "scaled", {**small, "rope_theta": 5e5}, random_weights(small))
-    with pytest.raises(PromptCacheError, match="rope_theta=10000.0, this model has 500000.0"):
+    with pytest.raises(PromptCacheError, match=r"rope_theta=10000\.0, this model has 500000\.0"):
         build(scaled).load_prefix(file)
 
 
@@ -153,8 +153,7 @@ def test_a_damaged_file_is_refused(file: Path, other: Llama, tmp_path: Path, see
     before = [list(prefix) for prefix in other.engine.scheduler.prefixes]
     try:
         tokens = other.load_prefix(bad)
-    except PromptCacheError as error:
-        assert str(error).isprintable()
+    except PromptCacheError:
         assert other.engine.scheduler.prefixes == before
     else:  # what was changed says nothing: a space, say
         assert tokens == other.load_prefix(file)
