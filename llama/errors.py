@@ -21,6 +21,10 @@ class TokenizerError(LlamaError):
     """The tokenizer file is missing, of another kind, or of another vocabulary than the weights."""
 
 
+class PromptCacheError(LlamaError):
+    """A file is no prompt cache, is damaged, or was made with another model, or none can be made."""
+
+
 class PromptError(LlamaError):
     """A prompt or dialog cannot be run as it stands."""
 

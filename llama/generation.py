@@ -1,30 +1,32 @@
 """`Llama`: a checkpoint and a tokenizer in, text out. Composition only: each part lives in a file of its own."""
 
+import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from typing_extensions import Unpack
 
-from llama import log, parallel
+from llama import log, parallel, prompt_cache
 from llama.chat import REFUSAL, ChatFormat, ChatPrompt, Dialog, Llama2Chat
 from llama.checkpoint import memory
 from llama.checkpoint.find import find_checkpoint
 from llama.engine.drafts import Speculation
 from llama.engine.engine import Engine
-from llama.errors import LlamaError, PromptError
+from llama.errors import LlamaError, PromptCacheError, PromptError
 from llama.infilling import Infilling, infilling_prompt
 from llama.jobs import Job, answer, completion, infilled
 from llama.loading import chosen, load, speculation
 from llama.model.transformer import Transformer
 from llama.options import RunOptions, check_seed
 from llama.output import Output
+from llama.paths import check_writable, expanded
 from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction, Score
 from llama.request import (
     LOGPROBS,
@@ -103,7 +105,7 @@ class Llama:
         step_tokens = memory.step_tokens(model.device, options.max_step_tokens)
         drafting = speculation(model, options, step_tokens)
         llama = Llama(model, loaded.tokenizer, seed=options.seed, max_step_tokens=step_tokens, speculation=drafting)
-        llama.ckpt_dir, llama.files = Path(folder), loaded.files
+        llama.ckpt_dir, llama.files, llama.fingerprint = Path(folder), loaded.files, loaded.fingerprint
         llama.end_ids |= set(loaded.end_ids)
         llama.chat = loaded.chat
         seconds = time.perf_counter() - started
@@ -124,6 +126,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.ckpt_dir: Path | None = None  # where `build` loaded it from
         self.files: tuple[Path, ...] = ()  # and which files those are
+        self.fingerprint: Callable[[], str] | None = None  # of its weights
         self.end_ids = {tokenizer.eos_id} - {-1}  # the tokens that end a text
         self.chat: ChatFormat = Llama2Chat(tokenizer)
         self.seed: int = parallel.broadcast(secrets.randbits(63) if seed is None else seed, model.device)
@@ -282,6 +285,45 @@ class Llama:
         jobs = self._jobs_or_errors(texts, listed, lambda text: (self._text(text, "the text"), "the text"), score=True)
         return self._collect(jobs, _score)
 
+    def save_prefix(self, prompt: str | Dialog | Infilling | Sequence[int], path: str | os.PathLike[str]) -> list[int]:
+        """Write the KV cache of a text, a dialog, a gap or a list of tokens to a file; returns its tokens.
+
+        What of the prompt was not computed yet is computed first. The file takes the place of one that is there when it
+        is whole. Raises PromptError where the prompt has more than max_seq_len tokens, ParameterError where the file
+        cannot be written, DeviceError and PromptCacheError as `prefix_made_with`.
+        """
+        made, target = self.prefix_made_with(), expanded(path, "path")
+        check_writable(target)
+        tokens = self._prefix_tokens(prompt)
+        run = prompt_cache.PrefixRun(self.engine, self.tokenizer, tokens)
+        with closing(Call(self.turns, [run], texts=False)) as call:
+            for _ in call:
+                pass
+        prompt_cache.write(target, run.prefix(), made)
+        return tokens
+
+    def load_prefix(self, path: str | os.PathLike[str]) -> list[int]:
+        """Read such a file, so that prompts which begin with its tokens, or some of them, start from there.
+
+        Returns its tokens. They stay until sequences need their place, as those of any call do. Raises PromptCacheError
+        where the file is damaged, was made with another model, or has more than max_seq_len tokens; DeviceError where
+        running requests have all places.
+        """
+        source = expanded(path, "path")
+        prefix = prompt_cache.read(source, self.engine, self.prefix_made_with())
+        self.turns.ask(lambda: self.engine.write_prefix(prefix.tokens, prefix.rows))
+        return prefix.tokens
+
+    def prefix_made_with(self) -> dict[str, Any]:
+        """What `load_prefix` wants a file to be made with: all that decides the numbers of this model's KV cache.
+
+        Raises DeviceError where the model is split over processes, PromptCacheError where nobody knows its weights: it
+        was not built from files, or they have changed since.
+        """
+        if self.fingerprint is None:
+            raise PromptCacheError("this model was not made by Llama.build, so its weights are not known: use that")
+        return prompt_cache.made_with(self.engine, self.fingerprint())
+
     def prompt_tokens(self, prompt: str | Dialog | Infilling) -> list[int]:
         """The exact prompt that would be run for a text, a dialog or a gap."""
         read, _ = self._any(True, prompt)
@@ -292,6 +334,13 @@ class Llama:
         """The exact prompt that `chat_completion` would run for a dialog."""
         self.chat.check(dialog, "the dialog")
         return self.chat.prompt(dialog)
+
+    def _prefix_tokens(self, prompt: str | Dialog | Infilling | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str | Infilling):
+            return self.prompt_tokens(prompt)
+        listed: Any = plain(prompt)
+        is_dialog = isinstance(listed, Sequence) and len(listed) > 0 and isinstance(listed[0], Mapping)
+        return self.prompt_tokens(listed) if is_dialog else _listed(listed, "the prompt").tokens
 
     def _each(self, jobs: list[Job], result: Callable[[Job], T], on_text: OnText | None = None) -> Stream[Ended[T]]:
         """Run jobs; yields (index, result or error) as each ends, and first those of which nothing is run."""

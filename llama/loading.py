@@ -1,5 +1,6 @@
 """A checkpoint folder and a tokenizer's path → a model on this machine, and its tokenizer: what `build` decides."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from llama import log, parallel
 from llama.chat import ChatFormat
 from llama.checkpoint import loader
+from llama.checkpoint.fingerprint import fingerprint_of
 from llama.checkpoint.source import Source, open_source
 from llama.checkpoint.verify import verify
 from llama.device import choose_device, default_threads, parse_dtype
@@ -33,6 +35,7 @@ class Loaded:
     model: Transformer
     tokenizer: BaseTokenizer
     files: tuple[Path, ...]  # of the checkpoint
+    fingerprint: Callable[[], str]  # of its weights
     end_ids: tuple[int, ...]  # the tokens that end a text, beside the tokenizer's own
     chat: ChatFormat
 
@@ -61,6 +64,7 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
         source.args, vocab_size=_check_vocabulary(source, tokenizer),
         max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size,
     )  # fmt: skip
+    fingerprint = fingerprint_of(source.files)
     model = loader.load(source, args, options, device, dtype)
     if options.compile:
         from llama.model.compiled import compile_layers  # it brings in half of a compiler
@@ -77,7 +81,7 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
             f"max_seq_len={options.max_seq_len} is more than the {source.trained_length} positions that this model was"
             " made for: text beyond them may be bad"
         )
-    return Loaded(model, tokenizer, (*source.described_by, *source.files), source.end_ids,
+    return Loaded(model, tokenizer, (*source.described_by, *source.files), fingerprint, source.end_ids,
                   chat_format(folder, options.chat_template, tokenizer))  # fmt: skip
 
 

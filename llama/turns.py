@@ -15,6 +15,7 @@ to their end, unread.
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -56,11 +57,23 @@ class Turns:
         with put_off():
             self._pass_on()
 
+    def ask(self, action: Callable[[], T]) -> T:
+        """What an action gives, or raises, that is done to the engine between two steps."""
+        self._check_between_steps()
+        answer: Future[T] = Future()
+
+        def act() -> None:  # perhaps in another thread, which is not to hear of an error
+            try:
+                answer.set_result(action())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self.do(act)
+        return answer.result()
+
     def next(self, call: "Call") -> News | None:
         """A call's next news, or None when it was closed. Until they come turns are taken, unless another has them."""
-        self.check()
-        if self._taker == threading.get_ident():
-            raise LlamaError("the model was called in the middle of a step of its own: call it after that")
+        self._check_between_steps()
         with put_off():
             self._waiting[call] = None  # before a turn is tried: the one who has it will see that
             try:
@@ -68,6 +81,11 @@ class Turns:
             finally:
                 del self._waiting[call]
                 self._pass_on()
+
+    def _check_between_steps(self) -> None:
+        self.check()
+        if self._taker == threading.get_ident():
+            raise LlamaError("the model was called in the middle of a step of its own: call it after that")
 
     def _wait(self, call: "Call") -> News | None:
         while True:

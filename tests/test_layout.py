@@ -14,7 +14,7 @@ FLOORS = (
     ("cli",),
     ("batch",),
     ("generation",),
-    ("loading", "turns", "jobs"),
+    ("loading", "turns", "jobs", "prompt_cache"),
     ("output", "checkpoint"),
     ("engine", "predictions"),
     ("model",),
@@ -31,7 +31,8 @@ FLOORS = (
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 WITHOUT_TORCH = {
     "cli", "cli.arguments", "cli.build", "cli.chat", "cli.chat.commands", "cli.chat.conversation", "cli.commands",
-    "cli.demo_scenes", "cli.flags", "cli.help", "cli.output", "cli.prompts", "cli.score", "cli.shell", "cli.token_view",
+    "cli.demo_scenes", "cli.flags", "cli.help", "cli.output", "cli.prompt_cache", "cli.prompts",
+    "cli.score", "cli.shell", "cli.token_view",
     "batch", "batch.identity", "batch.input", "batch.lines", "batch.openai", "batch.records", "batch.results", "engine",
     "engine.drafts", "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
     "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",

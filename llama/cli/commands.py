@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama import log
 from llama.checkpoint.find import DEMO, find_folder
+from llama.cli import prompt_cache as prompt_caches
 from llama.cli.arguments import Command, with_flags
 from llama.cli.build import build, import_libraries
 from llama.cli.flags import GAP, MODEL, SAMPLING, SCORING_MODEL, sampling_params
@@ -46,7 +47,8 @@ def _once(command: Command) -> Command:
 @with_flags(gap=GAP, model=MODEL, sampling=SAMPLING)
 def complete(
     *prompts: str, prompt: Sequence[str] = (), json: bool = False, html: FilePath | None = None,
-    show_prompt: bool = False, gap: dict[str, Any], model: dict[str, Any], sampling: dict[str, Any],
+    show_prompt: bool = False, prompt_cache: FilePath | None = None, gap: dict[str, Any],
+    model: dict[str, Any], sampling: dict[str, Any],
 ) -> None:  # fmt: skip
     """Complete texts, or fill the gap in one.
 
@@ -59,8 +61,10 @@ def complete(
         json: print one JSON object per text.
         html: the file for a page in which hovering a token shows its alternatives.
         show_prompt: show the exact prompt and its tokens, on stderr.
+        prompt_cache: the file that keeps what was computed of the prompt's beginning; made where there is none.
     """
     params = sampling_params(sampling)
+    prompt_caches.check(prompt_cache, params)
     as_tokens = params.logprobs or params.top_logprobs > 0
     if html is not None:
         check_writable(html)
@@ -73,7 +77,8 @@ def complete(
     asked = parallel.broadcast(asked, llama.model.device)  # of the first process, which alone reads standard input
     if show_prompt and is_first():
         _show_prompts(llama, asked)
-    results = show_completions(llama, asked, params, as_json=json, as_tokens=as_tokens, speaks=is_first())
+    with prompt_caches.used(prompt_cache, llama, asked):
+        results = show_completions(llama, asked, params, as_json=json, as_tokens=as_tokens, speaks=is_first())
     done = [(str(one), r) for one, r in zip(asked, results, strict=True) if not isinstance(r, LlamaError)]
     if html is not None and is_first():
         from llama.cli.token_view import page
@@ -87,14 +92,15 @@ def complete(
 
 @with_flags(model=MODEL, sampling=SAMPLING)
 def chat(
-    *, system: str | None = None, show_prompt: bool = False, model: dict[str, Any],
-    sampling: dict[str, Any],
+    *, system: str | None = None, show_prompt: bool = False, prompt_cache: FilePath | None = None,
+    model: dict[str, Any], sampling: dict[str, Any],
 ) -> None:  # fmt: skip
     """Talk with a chat model in the terminal; /help there lists what can be done.
 
     Args:
         system: the system prompt.
         show_prompt: show the exact prompt of each turn and its tokens, on stderr.
+        prompt_cache: the file that keeps what was computed of the talk; written at /save and at the end.
     """
     import_libraries()
     from llama.cli.chat.session import talk
@@ -103,8 +109,9 @@ def chat(
     if is_first():
         check_terminal()
     params = sampling_params(sampling)
+    prompt_caches.check(prompt_cache, params)
     llama = build(model, max(params.n, params.num_beams))
-    talk(llama, params, system=system, show_prompt=show_prompt)
+    talk(llama, params, system=system, show_prompt=show_prompt, prompt_cache=prompt_cache)
 
 
 @with_flags(model=MODEL, sampling=SAMPLING)

@@ -19,7 +19,7 @@ from llama.engine.drafts import Speculation
 from llama.engine.next_token import Place, next_tokens
 from llama.engine.sampling import no_token, noise_key, top_logprobs, uniform
 from llama.engine.scheduler import Chunk, Scheduler, Sequence
-from llama.errors import LlamaError, NumericalError, ParameterError
+from llama.errors import DeviceError, LlamaError, NumericalError, ParameterError
 from llama.interrupts import let_through
 from llama.kernels.sample import greedy
 from llama.model.step import Step
@@ -117,6 +117,22 @@ class Engine:
             self._ahead = None
             self.scheduler = Scheduler(self.scheduler.slots, self.scheduler.max_step_tokens)
 
+    def read_prefix(self, tokens: list[int]) -> list[Tensor] | None:
+        """A copy of the cache's rows of these tokens, as `KVCache` gives it; None where no free slot holds them all."""
+        self._copy_prefixes()
+        slot = self.scheduler.holder(tokens)
+        return None if slot is None else self.cache.read_prefix(slot, len(tokens))
+
+    def write_prefix(self, tokens: list[int], rows: list[Tensor]) -> None:
+        """Have a free slot hold these tokens and their rows. Raises DeviceError where no slot is free."""
+        if not self.scheduler.free:
+            raise DeviceError(
+                f"all {self.scheduler.slots} places for sequences are in use, so none can take a prompt cache: load"
+                " it before requests run, or build with a larger max_batch_size"
+            )
+        self._copy_prefixes()
+        self.scheduler.refill(tokens, lambda slot: self.cache.write_prefix(slot, rows))
+
     def step(self) -> list[Request]:
         """Compute one packed step; return the requests that got a token or ended."""
         parallel.check_process()
@@ -128,10 +144,7 @@ class Engine:
         if self._ahead:
             return self._collect(self._ahead)
         chunks = self.scheduler.plan(self._searches[0].added if self._searches else math.inf)
-        copies = self.scheduler.copies
-        while copies:
-            self.cache.copy_prefix(copies[0].source, copies[0].target, copies[0].length)
-            copies.popleft()
+        self._copy_prefixes()
         if not chunks:
             return self._step_search() if self._searches else []
         decodes = all(chunk.reaches_end and chunk.stop - chunk.start == 1 for chunk in chunks)
@@ -145,6 +158,12 @@ class Engine:
             drafts = self.speculation.drafts([c.sequence for c in chunks], [self._room(c.sequence) for c in chunks])
             chunks = [replace(chunk, drafts=own) for chunk, own in zip(chunks, drafts, strict=True)]
         return self._decode_or_prefill(chunks, loop)
+
+    def _copy_prefixes(self) -> None:
+        copies = self.scheduler.copies
+        while copies:
+            self.cache.copy_prefix(copies[0].source, copies[0].target, copies[0].length)
+            copies.popleft()
 
     def _room(self, sequence: Sequence) -> int:
         """How many tokens a sequence may get beside the next one."""

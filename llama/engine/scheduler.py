@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llama.request import Request
@@ -120,6 +121,19 @@ class Scheduler:
             self.free.append(slot)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+
+    def holder(self, tokens: list[int]) -> int | None:
+        """The free slot whose cache holds all of these tokens, if one does."""
+        return next((slot for slot in self.free if self.prefixes[slot][: len(tokens)] == tokens), None)
+
+    def refill(self, tokens: list[int], fill: Callable[[int], None]) -> None:
+        """Have the free slot that was not used for longest hold these tokens: `fill` writes their keys and values."""
+        assert self.free
+        slot = self.free[0]
+        self.prefixes[slot] = []  # it may fail half way
+        fill(slot)
+        self.prefixes[slot] = list(tokens)
+        self.free.append(self.free.pop(0))
 
     def take_all(self) -> list[int]:
         """Every slot, forgotten and out of use until `give_back_all`; only while nothing runs."""

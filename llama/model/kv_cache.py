@@ -1,5 +1,7 @@
 """`KVCache`: the keys and values of every slot, for every layer."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,16 @@ class KVCache:
         """Make positions start … length − 1 of slot `target` equal to those of slot `source`."""
         for tensor in (*self.keys, *self.values):
             tensor[:, target, start:length] = tensor[:, source, start:length]
+
+    def read_prefix(self, slot: int, length: int) -> list[Tensor]:
+        """A slot's first `length` keys of each layer, then its values, each (K, length, D): a copy on the CPU."""
+        parts = (tensor[:, slot, :length] for tensor in (*self.keys, *self.values))
+        return [part.clone(memory_format=torch.contiguous_format).cpu() for part in parts]
+
+    def write_prefix(self, slot: int, rows: Sequence[Tensor]) -> None:
+        """Put what `read_prefix` gives at the beginning of a slot."""
+        for tensor, own in zip((*self.keys, *self.values), rows, strict=True):
+            tensor[:, slot, : own.shape[1]] = own
 
 
 def slot_view(stored: Tensor, slot: int, length: int, dtype: torch.dtype) -> Tensor:

@@ -48,6 +48,7 @@ class Talk:
     ask: Ask
     conversation: Conversation
     turns: list[Turn] = field(default_factory=list)
+    keep: Callable[[], str] = str  # writes the prompt cache, if there is to be one, and says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,8 @@ def _save(talk: Talk, file: str) -> Reply:
     if exists and not talk.ask(f"{path} exists. Overwrite it?"):
         return Reply("Not saved.")
     save(talk.conversation, path, "w" if exists else "x")
-    return Reply(f"Saved {_exchanges(talk.conversation)} to {one_line(path)}")
+    kept = talk.keep()
+    return Reply(f"Saved {_exchanges(talk.conversation)} to {one_line(path)}" + (f"\n{kept}" if kept else ""))
 
 
 def _load(talk: Talk, file: str) -> Reply:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from llama import log, parallel
-from llama.chat import Dialog
+from llama.chat import Dialog, Message
 from llama.cli.chat.commands import Talk, Turn, respond
 from llama.cli.chat.conversation import Conversation, check_text, excerpt, make_room
 from llama.cli.chat.terminal import ask, ctrl_c_typed, lines, notice, prepared, write
 from llama.cli.output import has_colour
+from llama.cli.prompt_cache import loaded
 from llama.cli.token_view import coloured
 from llama.errors import LlamaError, PeerError
 from llama.gate import to_stderr
@@ -30,7 +31,10 @@ CPU = torch.device("cpu")
 GREETING = "/help lists what can be done; Ctrl-D leaves"
 
 
-def talk(llama: "Llama", params: SamplingParams, *, system: str | None, show_prompt: bool = False) -> None:
+def talk(
+    llama: "Llama", params: SamplingParams, *, system: str | None, show_prompt: bool = False,
+    prompt_cache: str | None = None,
+) -> None:  # fmt: skip
     """Talk until the user leaves; to be called by every rank, of which the first has the terminal.
 
     Raises LlamaError where the system prompt or the parameters cannot be run at all.
@@ -38,6 +42,8 @@ def talk(llama: "Llama", params: SamplingParams, *, system: str | None, show_pro
     check_text(system or "", "the system prompt", llama.chat)
     llama.chat.check([{"role": "user", "content": ""}], "a dialog")  # where there is no format
     _check_params(llama, params)
+    if prompt_cache is not None and (tokens := loaded(llama, prompt_cache)) is not None:
+        log.say(f"prompt cache {prompt_cache}: {len(tokens)} tokens read")
     group = parallel.patient_group()
     if parallel.rank() > 0:
         _follow(llama, group)
@@ -50,6 +56,8 @@ def talk(llama: "Llama", params: SamplingParams, *, system: str | None, show_pro
         ask=ask,
         conversation=Conversation(system or None),
     )
+    if prompt_cache is not None:
+        state.keep = _keeper(llama, state, prompt_cache)
     session = _Session(llama, state, show_prompt, group)
     with prepared(keys_as_bytes=group is not None):
         if log.is_said():
@@ -57,7 +65,27 @@ def talk(llama: "Llama", params: SamplingParams, *, system: str | None, show_pro
         for line in lines():
             if not _take(session, line):
                 break
+        notice(state.keep())
     parallel.broadcast(None, CPU, group)
+
+
+def _keeper(llama: "Llama", state: Talk, path: str) -> Callable[[], str]:
+    """What writes the KV cache of the talk, where that has changed since, and returns what is to be said of it."""
+    kept: list[Message] = []
+
+    def keep() -> str:
+        messages = state.conversation.messages()
+        if not messages or messages == kept:
+            return ""
+        tokens = llama.format_dialog(state.conversation.dialog("")).tokens[: state.max_seq_len]
+        try:
+            llama.save_prefix(tokens, path)
+        except LlamaError as error:
+            return str(error)
+        kept[:] = messages
+        return f"prompt cache {path}: {len(tokens)} tokens written"
+
+    return keep
 
 
 def _check_params(llama: "Llama", params: SamplingParams) -> None:
