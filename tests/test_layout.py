@@ -12,7 +12,7 @@ from conftest import ROOT
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("batch",),
+    ("batch", "bench"),
     ("generation",),
     ("loading", "turns", "jobs"),
     ("output", "checkpoint"),
@@ -30,6 +30,7 @@ FLOORS = (
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 WITHOUT_TORCH = {
+    "bench", "bench.figures", "bench.report", "bench.rounds",
     "cli", "cli.arguments", "cli.build", "cli.chat", "cli.chat.commands", "cli.chat.conversation", "cli.commands",
     "cli.demo_scenes", "cli.flags", "cli.help", "cli.output", "cli.prompts", "cli.score", "cli.shell", "cli.token_view",
     "batch", "batch.identity", "batch.input", "batch.lines", "batch.openai", "batch.records", "batch.results", "engine",

@@ -36,6 +36,11 @@ MODEL = {
     **_flags(RunOptions),
 }
 SCORING_MODEL = {name: flag for name, flag in MODEL.items() if name not in ("speculate", "draft_tokens")}
+BENCH_MODEL = {
+    **SCORING_MODEL,
+    "max_seq_len": Flag(int, 2112, "the most tokens of one sequence: a context of 2048, and what is decoded after it."),
+    "max_batch_size": Flag(int | None, None, "the most sequences that decode at once; what fits, up to 64, if left out."),
+}
 GAP = {
     "prefix": Flag(str | None, None, "the text before a gap."),
     "suffix": Flag(str | None, None, "the text behind it."),
