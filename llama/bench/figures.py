@@ -28,6 +28,11 @@ class Figure:
         return max(self.tokens, 1) + (STEPS + 1 if self.batch else 1)
 
 
+def steps_within(estimate: float) -> int:
+    """Of a decode run, where one takes about so many seconds."""
+    return max(FEWEST_STEPS, min(STEPS, int(RUN_SECONDS / max(estimate, 1e-6))))
+
+
 def batches(most: int) -> list[int]:
     """1, 2, 4, 8, … up to `most`, and that."""
     return sorted({most, *(1 << n for n in range(most.bit_length()))})

@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 from llama import parallel
-from llama.bench.figures import FEWEST_STEPS, RUN_SECONDS, STEPS, Figure
+from llama.bench.figures import Figure, steps_within
 from llama.generation import Llama
 from llama.request import SamplingParams
 
@@ -40,7 +40,7 @@ def run(llama: Llama, figure: Figure, estimate: float) -> float:
         llama.engine.clear_prefix_cache()
         return seconds(llama, [prompt(llama, figure.tokens)], 1)
     prompts = [prompt(llama, figure.tokens, last) for last in range(figure.batch)]
-    steps = max(FEWEST_STEPS, min(STEPS, int(RUN_SECONDS / estimate)))
+    steps = steps_within(estimate)
     first = min(seconds(llama, prompts, 1) for _ in range(3))  # the first of them computes, or copies, the context
     total = seconds(llama, prompts, steps + 1)
     return (total - first) / steps if total > first else total / (steps + 1)

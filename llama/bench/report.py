@@ -3,7 +3,6 @@
 import json
 import math
 import statistics
-from pathlib import Path
 from typing import Any, TypedDict
 
 from llama.errors import ParameterError

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from llama.bench.figures import FEWEST_STEPS, RUN_SECONDS, STEPS, Figure
+from llama.bench.figures import Figure, steps_within
 
 ROUNDS = 5
 MARGIN = 1.25  # a longer prompt takes more a token
@@ -44,8 +44,7 @@ class Samples:
         if not figure.batch:
             return self.estimate(figure)
         step = self.estimate(figure)
-        steps = max(FEWEST_STEPS, min(STEPS, int(RUN_SECONDS / step) if step else STEPS)) + 4
-        return steps * step + (self.estimate(Figure(figure.tokens)) if figure.tokens else 0)
+        return (steps_within(step) + 4) * step + (self.estimate(Figure(figure.tokens)) if figure.tokens else 0)
 
 
 def probe(run: Run, samples: Samples) -> None:
@@ -73,7 +72,8 @@ def measure(
                 continue
             if first and takes < min(CHEAP * seconds, rest / 2):
                 samples.uncounted[figure] = run(figure, samples.estimate(figure))
-            samples.runs.setdefault(figure, []).append(run(figure, samples.estimate(figure)))
+            took = run(figure, samples.estimate(figure))
+            samples.runs.setdefault(figure, []).append(took)
             samples.missed.pop(figure, None)
             tell(figure, samples)
     return samples

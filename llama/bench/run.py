@@ -1,5 +1,6 @@
 """A benchmark from its flags to its record: load, the machine's limits, the figures, peak memory, the limits again."""
 
+import math
 import os
 import platform
 import time
@@ -14,6 +15,7 @@ from llama.bench import limits, measure, report, rounds
 from llama.bench.figures import MOST_BATCH, STEPS, Figure, too_long, wanted
 from llama.bench.peak import forget_peak, peak
 from llama.checkpoint import memory
+from llama.checkpoint.layout import expected_shapes
 from llama.device import choose_device
 from llama.generation import Llama
 from llama.progress import bar_of_seconds
@@ -109,7 +111,7 @@ def _facts(llama: Llama, flags: dict[str, Any]) -> dict[str, Any]:
     args = model.params
     return {
         "checkpoint": flags["ckpt_dir"] or os.environ.get("LLAMA_CKPT_DIR") or "the demo",
-        "parameters": limits.layer_weights(args) + 2 * args.vocab_size * args.dim,
+        "parameters": sum(math.prod(shape) for shape in expected_shapes(args).values()),
         "weights": model.weight_format or str(model.output.weight.dtype).removeprefix("torch."),
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_seq_len": args.max_seq_len,
