@@ -54,7 +54,7 @@ def probe(run: Run, samples: Samples) -> None:
 
 
 def measure(
-    run: Run, figures: Sequence[Figure], seconds: float, left: Clock, tell: Callable[[Figure, Samples], None]
+    run: Run, figures: Sequence[Figure], seconds: float, left: Clock, tell: Callable[[Figure, Samples], object]
 ) -> Samples:
     """Run each figure up to ROUNDS times, in turns, within what is `left` of `seconds`."""
     samples = Samples()
