@@ -12,7 +12,7 @@ from conftest import DEMO
 
 from llama import Llama
 from llama.bench import limits, measure, report, rounds
-from llama.bench.figures import LONGEST, Figure, batches, too_long, wanted
+from llama.bench.figures import LONGEST, Figure, batches, steps_within, too_long, wanted
 from llama.cli import commands
 from llama.errors import ParameterError
 
@@ -48,7 +48,7 @@ class Machine:
 
     def run(self, figure: Figure, estimate: float) -> float:
         took = self.step if figure.batch else self.token * figure.tokens
-        self.now += took * (36 if figure.batch else 1)
+        self.now += took * (steps_within(estimate) + 4 if figure.batch else 1)
         self.order.append(figure)
         return took
 
