@@ -35,6 +35,30 @@ def bar_of_bytes(doing: str, total: int) -> Iterator[Move]:
         yield move
 
 
+@contextmanager
+def bar_of_seconds(doing: str, total: float) -> Iterator[Callable[[float, str], object]]:
+    """How much of `total` seconds is spent, told by move(seconds since the start, what was done): a bar in a terminal,
+    gone at the end; elsewhere a line now and then."""
+    said = time.monotonic()
+    if log.is_said() and _in_terminal():
+        with tqdm(total=round(total), desc=doing, unit="s", leave=False, dynamic_ncols=True) as bar:
+
+            def move(spent: float, what: str) -> None:
+                bar.set_postfix_str(one_line(what), refresh=False)
+                bar.update(max(0, min(round(spent), round(total)) - bar.n))
+
+            yield move
+        return
+
+    def say(spent: float, what: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= PAUSE:
+            said = time.monotonic()
+            log.say(f"{doing}: {what}, {spent:.0f} of at most {total:.0f} s")
+
+    yield say
+
+
 def _in_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("batch",),
+    ("batch", "bench"),
     ("generation",),
     ("loading", "turns", "jobs", "prompt_cache"),
     ("output", "checkpoint"),
@@ -30,6 +30,7 @@ FLOORS = (
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 WITHOUT_TORCH = {
+    "bench", "bench.figures", "bench.report", "bench.rounds",
     "cli", "cli.arguments", "cli.build", "cli.chat", "cli.chat.commands", "cli.chat.conversation", "cli.commands",
     "cli.demo_scenes", "cli.flags", "cli.help", "cli.output", "cli.prompt_cache", "cli.prompts",
     "cli.score", "cli.shell", "cli.token_view",

@@ -12,7 +12,7 @@ from llama.checkpoint.find import DEMO, find_folder
 from llama.cli import prompt_cache as prompt_caches
 from llama.cli.arguments import Command, with_flags
 from llama.cli.build import build, import_libraries
-from llama.cli.flags import GAP, MODEL, SAMPLING, SCORING_MODEL, sampling_params
+from llama.cli.flags import BENCH_MODEL, GAP, MODEL, SAMPLING, SCORING_MODEL, sampling_params
 from llama.cli.output import show_completions, statistics
 from llama.cli.prompts import text_with_gap, texts
 from llama.cli.shell import run
@@ -183,6 +183,35 @@ def score(
         sys.exit(1)
 
 
+@with_flags(model=BENCH_MODEL)
+def bench(
+    *, seconds: float = 120.0, json: bool = False, markdown: bool = False, compare: FilePath | None = None,
+    model: dict[str, Any],
+) -> None:  # fmt: skip
+    """Measure how fast a model runs on this machine, beside what the machine can do.
+
+    Args:
+        seconds: end within this time, counted from the start of loading; what it did not suffice for is said.
+        json: print one JSON object.
+        markdown: print the table in Markdown.
+        compare: the file of an earlier run's --json: show this run's figures over its.
+    """
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not number or not 0 < seconds <= 86400:
+        raise ParameterError(f"seconds={seconds!r} is out of range: expected a number above 0, up to 86400")
+    if json and (markdown or compare is not None):
+        raise ParameterError("--json prints this run's record alone: leave out --markdown and --compare")
+    from llama.bench import report
+
+    before = None if compare is None else report.earlier(compare)
+    import_libraries()
+    from llama.bench.run import bench as measure
+
+    found = measure(model, seconds)
+    if is_first():
+        show(json_line(found) if json else report.text(found, before, markdown=markdown))
+
+
 @with_flags()
 @_once
 def info(
@@ -287,7 +316,7 @@ def demo() -> None:
             show(f"{scene}\n")
 
 
-_ALL = (complete, chat, batch, score, info, verify, reshard, quantize, convert, demo)
+_ALL = (complete, chat, batch, score, bench, info, verify, reshard, quantize, convert, demo)
 COMMANDS = {command.__name__: command for command in _ALL}
 
 

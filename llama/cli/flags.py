@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+from llama.bench.figures import LONGEST
 from llama.cli.arguments import Flag
 from llama.options import RunOptions
 from llama.paths import FilePath
@@ -36,6 +37,15 @@ MODEL = {
     **_flags(RunOptions),
 }
 SCORING_MODEL = {name: flag for name, flag in MODEL.items() if name not in ("speculate", "draft_tokens")}
+BENCH_MODEL = {
+    **SCORING_MODEL,
+    "max_seq_len": Flag(
+        int, LONGEST, "the most tokens of one sequence: a context of 2048, and what is decoded after it."
+    ),
+    "max_batch_size": Flag(
+        int | None, None, "the most sequences that decode at once; if left out what fits, up to 64."
+    ),
+}
 GAP = {
     "prefix": Flag(str | None, None, "the text before a gap."),
     "suffix": Flag(str | None, None, "the text behind it."),

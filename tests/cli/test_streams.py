@@ -25,6 +25,7 @@ COMMANDS = {
     "batch": ["batch", "-", "--output=out.jsonl"],
     "batch -": ["batch", "-", "--output=-", "--ordered"],
     "score": ["score", "-"],
+    "bench": ["bench", "--seconds=0.01", "--max_batch_size=1", "--max_seq_len=64"],
     "info": ["info"],
     "verify": ["verify"],
     "reshard": ["reshard", str(DEMO), "out", "--model_parallel_size=2"],
