@@ -23,12 +23,13 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.look()
-        if len(self.connections) >= CONNECTIONS:
-            idle = [one for one in self.connections if isinstance(one, Connection) and one.state in _SECONDS]
-            if not idle:
-                transport.abort()
-            else:
-                min(idle, key=lambda one: one.since).transport.abort()
+        others = [one for one in self.connections if isinstance(one, Connection) and not one.transport.is_closing()]
+        if len(others) >= CONNECTIONS:
+            for one in others:
+                one.look()
+            idle = [one for one in others if one.state]
+            dropped = min(idle, key=lambda one: one.since).transport if idle else transport
+            dropped.abort()
         super().connection_made(transport)
 
     def look(self) -> float:

@@ -134,7 +134,7 @@ def locked() -> Iterator[Service]:
 
 
 @pytest.mark.parametrize("given", [
-    None, "", "Bearer", "Bearer ", "Bearer wrong", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY,
+    None, "", "Bearer", "Bearer wrong", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY,
     "Bearer schlüssel",
 ])  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/nowhere", "/v1/chat/completions"])

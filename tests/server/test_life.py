@@ -39,8 +39,8 @@ def test_who_finds_the_queue_full_and_who_leaves(small: Service) -> None:
     """The fourth is told to come later; who goes away makes room at once, whether it runs or waits."""
     with httpx.Client(base_url=small.url, timeout=60) as client:
         streams = [client.stream("POST", "/v1/completions", json=LONG) for _ in range(2)]
-        opened = [stream.__enter__() for stream in streams]
-        assert [next(one.iter_bytes())[:6] for one in opened] == [b"data: "] * 2
+        parts = [stream.__enter__().iter_bytes() for stream in streams]  # kept: what is dropped is closed
+        assert [next(own)[:6] for own in parts] == [b"data: "] * 2
         waiting = threading.Thread(target=lambda: small.complete("Mia"))
         waiting.start()
         small.wait_for("requests_waiting", 1)
