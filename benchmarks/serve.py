@@ -38,7 +38,7 @@ from llama.checkpoint.find import DEMO
 ROOT = Path(__file__).parent.parent
 GOAL, GOAL_STREAMS = 2.0, 16  # times the peer's throughput, at so many streams
 CONCURRENT, WARM = 200, 500  # streams of the long run, and requests before memory is taken
-WORDS = "red dog kite ran home two big sun was blue tree saw old cat boat when over small".split()
+WORDS = ("red", "dog", "kite", "ran", "home", "two", "big", "sun", "was", "blue", "tree", "saw", "old", "cat", "boat")
 
 
 @dataclass
