@@ -114,7 +114,9 @@ class _Routes:
         return JSONResponse({"status": "ending" if draining else "ok"}, 503 if draining else 200)
 
     async def metrics(self, request: Request) -> Response:
-        return PlainTextResponse(self._service.metrics.text(self._service), media_type="text/plain; version=0.0.4")
+        service = self._service
+        text = service.metrics.text(service.running, service.waiting, service.completion_tokens)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def page(self, request: Request) -> Response:
         if not PAGE.exists():

@@ -7,12 +7,8 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from typing import TYPE_CHECKING
 
 from llama.request import Request
-
-if TYPE_CHECKING:
-    from llama.server.service import Service
 
 FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, math.inf)  # upper bounds
 WINDOW = 10  # seconds over which tokens/s are taken
@@ -48,15 +44,16 @@ class Metrics:
         (first, before), (last, now) = self._samples[0], self._samples[-1]
         return (now - before) / (last - first)
 
-    def text(self, service: "Service") -> str:
+    def text(self, running: int, waiting: int, completion_tokens: int) -> str:
+        """All of them, with what only who runs the samples knows."""
         lines = _metric("requests_total", "counter", "Answers, by path and HTTP status.", {
             f'{{path="{path}",status="{status}"}}': count for (path, status), count in sorted(self.requests.items())
         })  # fmt: skip
         for name, kind, said, value in (
-            ("requests_running", "gauge", "Samples that have a slot.", service.running),
-            ("requests_waiting", "gauge", "Samples that wait for one.", service.waiting),
+            ("requests_running", "gauge", "Samples that have a slot.", running),
+            ("requests_waiting", "gauge", "Samples that wait for one.", waiting),
             ("prompt_tokens_total", "counter", "Prompt tokens of the samples that have ended.", self.prompt_tokens),
-            ("completion_tokens_total", "counter", "Tokens made.", service.completion_tokens),
+            ("completion_tokens_total", "counter", "Tokens made.", completion_tokens),
             ("completion_tokens_per_second", "gauge", f"Over {WINDOW} seconds.", round(self.tokens_per_second, 2)),
         ):
             lines += _metric(name, kind, said, {"": value})
