@@ -21,7 +21,7 @@ from llama.engine.drafts import Speculation
 from llama.engine.engine import Engine
 from llama.errors import LlamaError, PromptCacheError, PromptError
 from llama.infilling import Infilling, infilling_prompt
-from llama.jobs import Job, answer, completion, infilled
+from llama.jobs import Job, answer, completion, infilled, prediction
 from llama.loading import chosen, load, speculation
 from llama.model.transformer import Transformer
 from llama.options import RunOptions, check_seed
@@ -248,14 +248,15 @@ class Llama:
         """
         read = partial(self._any, allow_special_tags)
         jobs = self._jobs_or_errors(prompts, params_for(len(prompts), params, {}), read)
+        return self._each(jobs, lambda job: prediction(job, prompts[job.index]), on_text)
 
-        def result(job: Job) -> CompletionPrediction | ChatPrediction | InfillingPrediction:
-            prompt = prompts[job.index]
-            if isinstance(prompt, Infilling):
-                return infilled(job, prompt)
-            return completion(job) if isinstance(prompt, str) else answer(job)
+    def job(self, prompt: str | Dialog | Infilling, params: SamplingParams) -> Job:
+        """The checked requests of one prompt, for who steps `engine`: they are not queued yet. Any thread may ask.
 
-        return self._each(jobs, result, on_text)
+        A dialog with special tags has none. Raises PromptError or ParameterError.
+        """
+        read, name = self._any(False, prompt)
+        return self._job(0, read, params, name)
 
     def stream_text(
         self, prompt: str, temperature: float = TEMPERATURE, top_p: float = TOP_P, max_gen_len: int | None = None,

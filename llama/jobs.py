@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from llama.chat import REFUSAL
+from llama.chat import REFUSAL, Dialog
 from llama.errors import LlamaError
 from llama.infilling import Infilling
 from llama.output import Output
@@ -34,6 +34,15 @@ class Job:
     def take(self) -> str:
         """The text of the first sample since the last take."""
         return self.samples[0].take()
+
+
+def prediction(
+    job: Job, prompt: str | Dialog | Infilling
+) -> CompletionPrediction | ChatPrediction | InfillingPrediction:
+    """What came of a text, a dialog or a gap."""
+    if isinstance(prompt, Infilling):
+        return infilled(job, prompt)
+    return completion(job) if isinstance(prompt, str) else answer(job)
 
 
 def completion(job: Job) -> CompletionPrediction:

@@ -25,7 +25,7 @@ class Output:
         self._taken = 0
         self._engine = engine
         self._tokenizer = tokenizer
-        self._inside = inside  # a text, whose first space is kept
+        self.inside = inside  # a text, whose first space is kept
         self._decoder = StreamDecoder(tokenizer, request.params.stop, request.params.min_gen_len, inside=inside)
         self._echoed = request.prompt if echo else []
         self._seen = 0
@@ -65,7 +65,7 @@ class Output:
     def kept(self) -> tuple[list[int], list[str]]:
         """(Tokens, pieces), the pieces joining to the text: of a stop string's tokens only what comes before it."""
         tokens = self._echoed + self.request.tokens
-        pieces = self._tokenizer.pieces(tokens, self._inside)
+        pieces = self._tokenizer.pieces(tokens, self.inside)
         if not self._decoder.stopped:
             return tokens, pieces
         kept: list[str] = []
@@ -82,9 +82,10 @@ class Output:
         echoed = [0.0 if score is None else score for score in self.request.scores] if self._echoed else []
         return echoed + self.request.logprobs
 
-    def top_logprobs(self) -> list[list[TopLogprob]]:
+    def top_logprobs(self, begin: int = 0, end: int | None = None) -> list[list[TopLogprob]]:
+        """For each token as above, or for those of a part."""
         echoed = [top or {} for top in self.request.top_scores] if self._echoed else []
-        return [_named(top, self._tokenizer) for top in echoed + self.request.top_logprobs]
+        return [_named(top, self._tokenizer) for top in (echoed + self.request.top_logprobs)[begin:end]]
 
     def result(self) -> Result:
         """All of a prediction but its text."""

@@ -12,10 +12,10 @@ from conftest import ROOT
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("batch", "bench"),
+    ("batch", "bench", "server"),
     ("generation",),
     ("loading", "turns", "jobs", "prompt_cache"),
-    ("output", "checkpoint"),
+    ("output", "checkpoint", "openai"),
     ("engine", "predictions"),
     ("model",),
     ("kernels", "options"),
@@ -37,7 +37,7 @@ WITHOUT_TORCH = {
     "batch", "batch.identity", "batch.input", "batch.lines", "batch.openai", "batch.records", "batch.results", "engine",
     "engine.drafts", "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
     "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
-    "errors", "wording", "log", "script", "gate", "checkpoint.find",
+    "errors", "wording", "log", "script", "gate", "checkpoint.find", "openai",
     "text", "text.json_tokenizer", "text.tokenizer_files", "text.template", "text.chat_files", "text.gguf_tokenizer",
     "text.step_chat", "gguf", "infilling",
 }  # fmt: skip

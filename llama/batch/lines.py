@@ -12,6 +12,7 @@ from llama.batch import openai
 from llama.chat import Dialog
 from llama.errors import LlamaError, ParameterError, PromptError
 from llama.infilling import Infilling
+from llama.openai import in_their_words, parse
 from llama.request import SamplingParams, derive_seed
 from llama.wording import nearest, utf8
 
@@ -76,8 +77,8 @@ def read_line(number: int, data: bytes, file_format: Format, defaults: SamplingP
 
 def _read_json(number: int, text: str, defaults: SamplingParams) -> Line:
     try:
-        value = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
+        value = parse(text)
+    except ValueError as error:
         return Line(number, error=f"not JSON ({error}): {_EXPECTED}")
     if isinstance(value, list):
         return Line(number, prompt=value)
@@ -86,15 +87,6 @@ def _read_json(number: int, text: str, defaults: SamplingParams) -> Line:
     if "custom_id" in value or "body" in value:
         return _read_openai(number, value, defaults)
     return _read_object(number, value, defaults)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no key may stand twice: one of the two values would be lost."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.60} stands twice")
-    return value
 
 
 def _read_object(number: int, value: dict[str, Any], defaults: SamplingParams) -> Line:
@@ -132,7 +124,7 @@ def _read_openai(number: int, value: dict[str, Any], defaults: SamplingParams) -
     call = openai.Call.of(value)
     try:
         prompt, given, theirs = openai.read_body(value)
-        with openai.in_their_words(theirs):
+        with in_their_words(theirs):
             return Line(number, prompt=prompt, params=replace(defaults, **given), call=call)
     except LlamaError as error:
         return Line(number, error=str(error), call=call)

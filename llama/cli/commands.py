@@ -1,6 +1,7 @@
 """The `llama` command: parse, call, print, exit code."""
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,16 @@ from llama.checkpoint.find import DEMO, find_folder
 from llama.cli import prompt_cache as prompt_caches
 from llama.cli.arguments import Command, with_flags
 from llama.cli.build import build, import_libraries
-from llama.cli.flags import BENCH_MODEL, GAP, MODEL, SAMPLING, SCORING_MODEL, sampling_params
+from llama.cli.flags import (
+    BENCH_MODEL,
+    GAP,
+    MODEL,
+    ONE_PROCESS_MODEL,
+    SAMPLING,
+    SCORING_MODEL,
+    SERVICE,
+    sampling_params,
+)
 from llama.cli.output import show_completions, statistics
 from llama.cli.prompts import text_with_gap, texts
 from llama.cli.shell import run
@@ -146,6 +156,25 @@ def batch(
         failed = run_batch(llama, file, kind, output, params, fresh_seed=fresh, ordered=ordered)
     if failed and is_first():
         sys.exit(1)
+
+
+@with_flags(service=SERVICE, model=ONE_PROCESS_MODEL)
+def serve(*, service: dict[str, Any], model: dict[str, Any]) -> None:
+    """Answer requests over HTTP as OpenAI does, many at once, until Ctrl-C or SIGTERM.
+
+    Args:
+    """
+    from llama.server.listening import listen, read_key
+    from llama.server.options import ServeOptions
+
+    _check_serves()
+    options = ServeOptions(**service)
+    key = read_key(options.api_key)
+    listener = listen(options.host, options.port, key is not None or options.allow_unauthenticated)
+    import_libraries()
+    from llama.server.run import serve  # now that torch is there
+
+    serve(lambda: build(model, BATCH_AT_ONCE), listener, key, options)
 
 
 @with_flags(model=SCORING_MODEL)
@@ -316,7 +345,7 @@ def demo() -> None:
             show(f"{scene}\n")
 
 
-_ALL = (complete, chat, batch, score, bench, info, verify, reshard, quantize, convert, demo)
+_ALL = (complete, chat, batch, serve, score, bench, info, verify, reshard, quantize, convert, demo)
 COMMANDS = {command.__name__: command for command in _ALL}
 
 
@@ -334,6 +363,17 @@ def _asked(prompts: Sequence[str], more: Sequence[str], infilling: Infilling | N
     if prompts or more:
         raise ParameterError("a text with a gap is filled in by itself: leave out the other prompts")
     return [infilling]
+
+
+def _check_serves() -> None:
+    """Raise ParameterError where a package is missing, or several processes were started."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ParameterError(f'llama serve needs {error.name}: pip install "llama-runner[serve]"') from None
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ParameterError(f"{processes} processes were started, but llama serve is one: start it without torchrun")
 
 
 def _write(path: str, text: str) -> None:

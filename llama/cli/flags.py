@@ -9,6 +9,7 @@ from llama.cli.arguments import Flag
 from llama.options import RunOptions
 from llama.paths import FilePath
 from llama.request import SamplingParams, default_of
+from llama.server.options import ServeOptions
 
 # Where a flag differs from its field: a shell names a device, and the two sizes may be left out.
 _IN_A_SHELL: dict[str, tuple[Any, Any]] = {
@@ -46,6 +47,8 @@ BENCH_MODEL = {
         int | None, None, "the most sequences that decode at once; if left out what fits, up to 64."
     ),
 }
+ONE_PROCESS_MODEL = {name: flag for name, flag in MODEL.items() if name != "model_parallel_size"}
+SERVICE = _flags(ServeOptions)
 GAP = {
     "prefix": Flag(str | None, None, "the text before a gap."),
     "suffix": Flag(str | None, None, "the text behind it."),

@@ -1,0 +1,139 @@
+"""The service's routes: OpenAI's, what it says of itself, and the page at /."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from llama import log
+from llama.openai import CHAT, COMPLETIONS
+from llama.server import bodies
+from llama.server.answers import Answer
+from llama.server.guard import Guard
+from llama.server.limits import BODIES_BYTES, BODY_BYTES, BODY_SECONDS, READERS
+from llama.server.refusals import Refusal
+from llama.server.service import Service
+
+PAGE = Path(__file__).parent / "page.html"
+# All that the page is stands in it: it may run its own script and style, and ask this service alone.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def make_app(service: Service, key: str | None, host: str) -> Starlette:
+    """The application, which asks for `key` where there is one; `host` is the name under which it listens."""
+    routes = _Routes(service)
+    table = [
+        Route(CHAT, routes.chat, methods=["POST"]),
+        Route(COMPLETIONS, routes.complete, methods=["POST"]),
+        Route("/v1/models", routes.models),
+        Route("/v1/models/{name:path}", routes.model),
+        Route("/health", routes.health),
+        Route("/metrics", routes.metrics),
+        Route("/", routes.page),
+    ]
+    paths = frozenset(route.path for route in table)
+    guard = Middleware(Guard, key=key, host=host, paths=paths, metrics=service.metrics)
+    handlers: dict[Any, Any] = {Refusal: _refused, HTTPException: _no_route, Exception: _failed}
+    app = Starlette(routes=table, middleware=[guard], exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return app
+
+
+class _Routes:
+    """What each path does."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._readers = ThreadPoolExecutor(READERS, "reader")
+        self._reading = 0  # bytes of bodies
+
+    async def chat(self, request: Request) -> Answer:
+        return await self._answer(request, chat=True)
+
+    async def complete(self, request: Request) -> Answer:
+        return await self._answer(request, chat=False)
+
+    async def _answer(self, request: Request, chat: bool) -> Answer:
+        service = self._service
+        service.check_open()
+        data = bytearray()
+        try:
+            try:
+                await asyncio.wait_for(self._read(request, data), BODY_SECONDS)
+            except asyncio.TimeoutError:
+                said = f"the body did not come within {BODY_SECONDS} s"
+                raise Refusal(408, said, headers={"Connection": "close"}) from None
+            except ClientDisconnect:
+                raise Refusal(400, "the body ends early") from None
+            question = await asyncio.get_running_loop().run_in_executor(
+                self._readers, bodies.read, bytes(data), chat, service.llama, service.model, service.limits
+            )
+        finally:
+            self._reading -= len(data)
+        return Answer(service, service.ask(question))
+
+    async def _read(self, request: Request, data: bytearray) -> None:
+        """Read the body into `data`; raises Refusal as soon as it is known to be too large."""
+        said = f"the body has more than {BODY_BYTES} bytes"
+        too_large = Refusal(413, said, headers={"Connection": "close"})
+        if int(request.headers.get("content-length", 0)) > BODY_BYTES:
+            raise too_large
+        async for part in request.stream():
+            if len(data) + len(part) > BODY_BYTES:
+                raise too_large
+            if self._reading + len(part) > BODIES_BYTES:
+                raise Refusal(429, "too many bodies are being read: ask again later", "queue_full",
+                              {"Retry-After": "1", "Connection": "close"})  # fmt: skip
+            data += part
+            self._reading += len(part)
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        if request.path_params["name"] != self._service.model:
+            raise Refusal(404, f"the model does not exist: this service has {self._service.model!r}", "model_not_found")
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        service = self._service
+        return {"id": service.model, "object": "model", "created": service.started, "owned_by": "llama"}
+
+    async def health(self, request: Request) -> Response:
+        draining = self._service.draining
+        return JSONResponse({"status": "ending" if draining else "ok"}, 503 if draining else 200)
+
+    async def metrics(self, request: Request) -> Response:
+        service = self._service
+        text = service.metrics.text(service.running, service.waiting, service.completion_tokens)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def page(self, request: Request) -> Response:
+        if not PAGE.exists():
+            raise Refusal(404, f"there is nothing here: ask {CHAT} or {COMPLETIONS}")
+        headers = {"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer"}
+        return FileResponse(PAGE, media_type="text/html; charset=utf-8", headers=headers)
+
+
+async def _refused(request: Request, refusal: Refusal) -> Response:
+    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+
+
+async def _no_route(request: Request, error: HTTPException) -> Response:
+    said = f"there is nothing at {request.url.path!r:.60}" if error.status_code == 404 else error.detail
+    return JSONResponse(Refusal(error.status_code, said).body, error.status_code, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    log.say(f"a request failed: {type(error).__name__}: {error!s:.200}")
+    return JSONResponse(Refusal(500, "the service failed at this request: its log says how").body, 500)

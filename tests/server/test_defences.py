@@ -1,0 +1,173 @@
+"""What the service defends itself against: a test for each."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import psutil
+import pytest
+from services import Service, httpx, service
+
+LIMITS = {"HEAD_SECONDS": 1, "BODY_SECONDS": 1, "STALL_SECONDS": 2}  # in the place of 10 and more
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Service]:
+    with service(limits=LIMITS) as running:
+        yield running
+
+
+def connect(running: Service, data: str = "") -> socket.socket:
+    one = socket.create_connection(("127.0.0.1", running.port), timeout=20)
+    one.sendall(data.encode())
+    return one
+
+
+def answer_of(one: socket.socket) -> str:
+    """All that comes until the other side ends it."""
+    parts = []
+    try:
+        while part := one.recv(65536):
+            parts.append(part)
+    except ConnectionResetError:
+        pass
+    return b"".join(parts).decode(errors="replace")
+
+
+def memory(running: Service) -> int:
+    return psutil.Process(running.process.pid).memory_info().rss
+
+
+def test_a_body_that_says_it_is_too_large_is_not_read(served: Service) -> None:
+    with connect(served, f"{HEAD}Content-Length: {1 << 40}\r\n\r\n") as one:
+        answer = answer_of(one)
+    assert answer.startswith("HTTP/1.1 413 ") and "more than 4194304 bytes" in answer
+
+
+def test_a_body_that_does_not_say_so_is_read_up_to_the_limit(served: Service) -> None:
+    before = memory(served)
+    sent = 0
+    with connect(served, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n") as one:
+        part = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+        try:
+            for _ in range(4000):
+                one.sendall(part)
+                sent += 0x10000
+        except OSError:
+            pass
+    assert sent < 100e6, "262 MB would have been taken"
+    assert memory(served) - before < 60e6
+    assert served.complete("Mia")
+
+
+def test_a_head_that_is_too_large(served: Service) -> None:
+    with connect(served, f"{HEAD}X: {'a' * 40_000}\r\n") as one:
+        assert answer_of(one).startswith("HTTP/1.1 400 ")
+
+
+def test_a_head_that_does_not_come(served: Service) -> None:
+    """Not even a line a second keeps it open."""
+    begun = time.monotonic()
+    with connect(served, HEAD) as slow, connect(served) as silent:
+        try:
+            while time.monotonic() < begun + 10:
+                slow.sendall(b"X: y\r\n")
+                time.sleep(0.3)
+        except OSError:
+            pass
+        assert answer_of(silent) == ""
+    assert time.monotonic() - begun < 8
+
+
+def test_a_body_that_does_not_come(served: Service) -> None:
+    with connect(served, f"{HEAD}Content-Length: 1000\r\n\r\n{{") as one:
+        assert answer_of(one).startswith("HTTP/1.1 408 ")
+
+
+def test_a_stream_that_nobody_reads() -> None:
+    """It is dropped with its requests; until then it holds no more than its completion."""
+    body = json.dumps({"prompt": "Once", "stream": True, "min_gen_len": 2000, "max_tokens": 2000, "temperature": 1,
+                       "n": 8, "logprobs": 20})  # fmt: skip
+    with service(limits=LIMITS) as running, socket.socket() as one:
+        before = memory(running)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        one.connect(("127.0.0.1", running.port))
+        one.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        running.wait_for("requests_running", 8)
+        running.wait_for("requests_running", 0, seconds=30)
+        assert running.metric("completion_tokens_total") < 16_000, "they ran to their ends"
+        assert memory(running) - before < 150e6
+
+
+@pytest.mark.parametrize("path", [
+    "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/models/../../../etc/passwd", "/v1//completions",
+    "/v1/models/%00", "//etc/passwd", "/page.html", "/llama/server/app.py", "/v1/completions/",
+])  # fmt: skip
+def test_no_path_leads_elsewhere(served: Service, path: str) -> None:
+    with connect(served, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") as one:
+        answer = answer_of(one)
+    assert answer.startswith("HTTP/1.1 404 ") and "root:" not in answer
+
+
+def test_a_thousand_connections_do_not_keep_others_out() -> None:
+    with service("--max_seq_len", "128") as running, ExitStack() as stack:
+        for _ in range(1000):
+            stack.enter_context(connect(running, "GET /"))
+        for _ in range(3):
+            with httpx.Client(base_url=running.url, timeout=30) as client:
+                body = {"prompt": "Mia", "max_tokens": 3}
+                assert client.post("/v1/completions", json=body).status_code == 200
+        process = psutil.Process(running.process.pid)
+        assert len([one for one in process.net_connections("tcp") if one.status == "ESTABLISHED"]) <= 512
+
+
+KEY = "right-key"
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Service]:
+    with service("--host", "0.0.0.0", "--max_seq_len", "128", LLAMA_API_KEY=KEY) as running:
+        yield running
+
+
+@pytest.mark.parametrize("given", [
+    None, "", "Bearer", "Bearer wrong", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY,
+    "Bearer schlüssel",
+])  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/nowhere", "/v1/chat/completions"])
+def test_without_the_key_nothing_is_said(locked: Service, given: str | None, path: str) -> None:
+    headers = {} if given is None else {"Authorization": given.encode()}
+    answer = httpx.get(f"http://127.0.0.1:{locked.port}{path}", headers=headers)
+    assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    assert KEY not in answer.text
+
+
+def test_with_the_key_it_answers_by_any_name(locked: Service) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Host": "my.service.example"}
+    assert httpx.get(f"http://127.0.0.1:{locked.port}/v1/models", headers=headers).status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{locked.port}/health").status_code == 200
+    assert KEY not in locked.log.read_text()
+
+
+@pytest.mark.parametrize(("host", "status"), [
+    ("localhost", 200), ("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("LOCALHOST:1", 200), ("192.168.1.7", 200),
+    ("evil.example", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example:80", 403), ("", 403),
+    ("localhost@evil.example", 403), ("evil.example/localhost", 403), ("0x7f.1", 403),
+])  # fmt: skip
+def test_a_name_that_others_make_lead_here_is_refused(served: Service, host: str, status: int) -> None:
+    """DNS rebinding: a page's own name becomes this machine's address."""
+    assert served.http.get("/v1/models", headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost", "http://127.0.0.1:1", ""])
+def test_a_page_from_elsewhere_is_refused(served: Service, origin: str) -> None:
+    answer = served.post("completions", {"prompt": "a"}, headers={"Origin": origin, "Content-Type": "text/plain"})
+    assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+
+
+def test_the_services_own_page_is_not(served: Service) -> None:
+    answer = served.post("completions", {"prompt": "a", "max_tokens": 1}, headers={"Origin": served.url})
+    assert answer.status_code == 200

@@ -1,0 +1,204 @@
+"""How the service lives: its queue, clients that leave, steps that fail, its end; and what keeps it from starting."""
+
+import json
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from checkpoints import save
+from conftest import DEMO
+from services import Service, command, environment, httpx, service
+
+from llama import Llama, SamplingParams
+from llama.server.worker import Worker
+
+LONG = {"prompt": "Once upon a time", "temperature": 1, "min_gen_len": 1500, "max_tokens": 1500, "stream": True}
+
+
+@pytest.fixture
+def small() -> Iterator[Service]:
+    """A service of two slots, with a queue of one."""
+    with service("--max_batch_size", "2", "--max_queue", "1", "--drain_seconds", "20") as running:
+        yield running
+
+
+def test_who_finds_the_queue_full_and_who_leaves(small: Service) -> None:
+    """The fourth is told to come later; who goes away makes room at once, whether it runs or waits."""
+    with httpx.Client(base_url=small.url, timeout=60) as client:
+        streams = [client.stream("POST", "/v1/completions", json=LONG) for _ in range(2)]
+        parts = [stream.__enter__().iter_bytes() for stream in streams]  # kept: what is dropped is closed
+        assert [next(own)[:6] for own in parts] == [b"data: "] * 2
+        waiting = threading.Thread(target=lambda: small.complete("Mia"))
+        waiting.start()
+        small.wait_for("requests_waiting", 1)
+        answer = small.post("completions", {"prompt": "a"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert answer.json()["error"]["code"] == "queue_full"
+        before = small.metric("completion_tokens_total")
+        begun = time.monotonic()
+        for stream in streams:
+            stream.__exit__(None, None, None)
+        small.wait_for("requests_running", 0, seconds=10)
+        took = time.monotonic() - begun
+    waiting.join(30)
+    assert not waiting.is_alive()
+    made = small.metric("completion_tokens_total") - before
+    assert made < 1500, f"they went on for {made} tokens in {took} s"
+
+
+def read_all(url: str, body: dict[str, Any], got: "queue.Queue[str]") -> None:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        got.put("begun")
+        got.put("".join(response.iter_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_finish_what_runs_and_refuses_what_is_new(small: Service, number: int) -> None:
+    got: queue.Queue[str] = queue.Queue()
+    body = {**LONG, "max_tokens": 600, "min_gen_len": 600}
+    reader = threading.Thread(target=read_all, args=(small.url, body, got))
+    reader.start()
+    assert got.get(timeout=30) == "begun"
+    small.process.send_signal(number)
+    refused = small.post("completions", {"prompt": "a"})
+    assert refused.status_code == 503 and "the service is ending" in refused.text
+    assert small.http.get("/health").status_code == 503
+    text = got.get(timeout=60)
+    assert text.endswith('"finish_reason": "length"}]}\n\ndata: [DONE]\n\n')
+    assert small.process.wait(20) == 0
+    assert "ending: nothing new is taken, and 1 running samples have 20" in small.log.read_text()
+
+
+def test_what_does_not_finish_in_time_is_told_so() -> None:
+    with service("--drain_seconds", "0") as running:
+        got: queue.Queue[str] = queue.Queue()
+        reader = threading.Thread(target=read_all, args=(running.url, LONG, got))
+        reader.start()
+        assert got.get(timeout=30) == "begun"
+        assert running.end() == 0
+        assert "the service has ended before the answer was complete" in got.get(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo in float32, in which the word "kite" has an embedding that is not a number."""
+    weights = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
+    folder = tmp_path_factory.mktemp("damaged")
+    shutil.copy(DEMO / "tokenizer.model", folder)
+    embeddings = weights["tok_embeddings.weight"]
+    params = json.loads((DEMO / "params.json").read_text())
+    save(folder, params, {name: tensor.float() for name, tensor in weights.items()})
+    llama = Llama.build(str(folder), None, 64, 1, device="cpu")
+    last = llama.prompt_tokens("zzz")[-1]
+    embeddings[last] = torch.nan
+    return save(folder, params, {name: tensor.float() for name, tensor in weights.items()})
+
+
+def test_a_request_whose_logits_fail_fails_alone(damaged: Path) -> None:
+    with service("--ckpt_dir", str(damaged), "--max_seq_len", "128") as running, ThreadPoolExecutor(9) as threads:
+        prompts = ["zzz" if number % 3 == 0 else f"Mia had {number} dogs." for number in range(9)]
+        bodies = [{"prompt": prompt, "max_tokens": 20, "temperature": 0} for prompt in prompts]
+        answers = list(threads.map(lambda body: running.post("completions", body), bodies))
+        assert [answer.status_code for answer in answers] == [500, 200, 200] * 3
+        assert "NaN or infinite logits" in answers[0].json()["error"]["message"]
+        assert answers[0].json()["error"]["type"] == "server_error"
+        assert all(answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200)
+
+
+def test_a_step_that_fails_ends_what_ran_and_nothing_else(demo: Llama) -> None:
+    """Out of memory, say: nobody knows whose fault it was. What is asked afterwards is answered."""
+    worker = Worker(lambda: demo)
+    assert worker.built.result() is demo
+    told: queue.Queue[Any] = queue.Queue()
+    loop: Any = SimpleNamespace(call_soon_threadsafe=lambda deliver, news: deliver(news))
+    worker.attach(loop, lambda news: [told.put(one) for one in news])
+    step, failures = demo.engine.step, iter([True])
+
+    def failing() -> Any:
+        if next(failures, False):
+            raise RuntimeError("out of memory")
+        return step()
+
+    demo.engine.step = failing  # type: ignore[method-assign]
+    try:
+        for fails in (True, False):
+            job = demo.job("Once upon a time", SamplingParams(temperature=0, max_gen_len=4, n=2))
+            worker.add(job.samples, texts=False)
+            assert {told.get(timeout=30) for _ in range(2)} == {(sample, True) for sample in job.samples}
+            assert (job.error is not None) is fails
+        assert demo.engine.idle
+    finally:
+        del demo.engine.step
+        worker.close(10)
+
+
+def test_a_load_of_many_streams() -> None:
+    """200 at once, and some hundreds after one another: each gets its own text, and memory stays."""
+    with service("--max_seq_len", "128") as running:
+        limits = httpx.Limits(max_connections=200, max_keepalive_connections=200)
+        with httpx.Client(base_url=running.url, timeout=120, limits=limits) as client:
+
+            def ask(number: int) -> str:
+                body = {"prompt": f"Tom has {number % 25} dogs.", "temperature": 0, "max_tokens": 8, "stream": True}
+                with client.stream("POST", "/v1/completions", json=body) as response:
+                    text = "".join(response.iter_text())
+                parts = text.removesuffix("\n\ndata: [DONE]\n\n").split("\n\n")
+                assert len({json.loads(part[6:])["id"] for part in parts}) == 1
+                return "".join(json.loads(part[6:])["choices"][0]["text"] for part in parts)
+
+            expected = [ask(number) for number in range(25)]
+            with ThreadPoolExecutor(200) as threads:
+                assert list(threads.map(ask, range(200))) == expected * 8
+                process = psutil.Process(running.process.pid)
+                before = process.memory_info().rss
+                assert list(threads.map(ask, range(400))) == expected * 16
+                grown = process.memory_info().rss - before
+        assert grown < 20e6, f"memory grew by {grown / 1e6:.1f} MB"
+        assert running.metric("requests_running") == running.metric("requests_waiting") == 0
+
+
+def started(*flags: str, **env: str) -> tuple[int, str]:
+    done = subprocess.run(command(*flags), capture_output=True, text=True, timeout=120, env=environment(**env))
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(("flags", "env", "said"), [
+    (["--host", "0.0.0.0"], {}, "can be reached from other machines, and there is no API key: set LLAMA_API_KEY"),
+    (["--api_key", "a b"], {}, "--api_key is no key"), (["--api_key", ""], {}, "--api_key is no key"),
+    ([], {"LLAMA_API_KEY": "schlüssel"}, "LLAMA_API_KEY is no key"), (["--port", "65536"], {}, "port=65536"),
+    (["--host", "no.such.name.invalid"], {}, "is no address of this machine"), (["--max_queue", "-1"], {}, "max_queue"),
+    (["--drain_seconds", "-1"], {}, "drain_seconds=-1"), (["--max_prompt_tokens", "0"], {}, "max_prompt_tokens=0"),
+    ([], {"WORLD_SIZE": "2"}, "start it without torchrun"),
+])  # fmt: skip
+def test_what_keeps_it_from_starting(flags: list[str], env: dict[str, str], said: str) -> None:
+    code, lines = started(*flags, **env)
+    assert code == 2 and said in lines and lines.count("\n") == 1, lines
+
+
+def test_a_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, lines = started("--port", str(taken.getsockname()[1]))
+    assert code == 2 and "Address already in use; name another --port" in lines and lines.count("\n") == 1
+
+
+def test_a_missing_package_is_named() -> None:
+    code = "import sys; sys.modules['uvicorn'] = None; sys.argv[1:] = ['serve'];"
+    code += " from llama.cli.commands import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.returncode == 2
+    assert done.stderr == 'llama: llama serve needs uvicorn: pip install "llama-runner[serve]"\n'
