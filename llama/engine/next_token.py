@@ -1,6 +1,6 @@
 """The next token at each of some places, from its row of logits: pure functions."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,13 @@ class Place:
         return uniform(self.key, len(self.request.prompt) + len(self.request.tokens) + len(self.drafts))
 
 
-def next_tokens(places: Sequence[Place], logits: Tensor, best: list[int]) -> Iterable[int | None]:
-    """The token at each place, from logits (R, V), `best` the largest of each; None where all are forbidden."""
+def next_tokens(
+    places: Sequence[Place], logits: Tensor, best: list[int], banned: Mapping[int, Tensor]
+) -> Iterable[int | None]:
+    """The token at each place, from logits (R, V), `best` the largest of each; None where all are forbidden.
+
+    `banned` has the tokens (V,) that the form of a request does not allow, by the number of the place.
+    """
     all_greedy = all(place.request.params.temperature == 0 for place in places)
     changed = [row for row, place in enumerate(places) if not place.request.params.plain]
     if not changed:
@@ -38,7 +43,7 @@ def next_tokens(places: Sequence[Place], logits: Tensor, best: list[int]) -> Ite
     for row in changed:
         request = places[row].request
         logits[row] = adjust(
-            logits[row], request.params, request.prompt, places[row].completion, request.stop_tokens
+            logits[row], request.params, request.prompt, places[row].completion, request.stop_tokens, banned.get(row)
         )  # fmt: skip
     empty = logits.amax(-1) == -torch.inf
     logits.masked_fill_(empty[:, None], 0)

@@ -110,6 +110,7 @@ def adjust(
     prompt: Sequence[int],
     completion: Sequence[int],
     stop_tokens: frozenset[int],
+    banned_by_form: Tensor | None = None,
 ) -> Tensor:
     """One row of logits (V,) after the request's bias, penalties and bans (the order is in `SamplingParams`)."""
     logits = logits.clone()
@@ -132,11 +133,20 @@ def adjust(
         banned |= stop_tokens
     if banned:
         logits[at(sorted(banned))] = -torch.inf
+    if banned_by_form is not None:
+        logits.masked_fill_(banned_by_form.to(logits.device), -torch.inf)
     return logits
 
 
 def no_token(request: Request) -> ParameterError:
     """The error of a request that forbids every token somewhere."""
+    if request.form and request.form.fault:
+        return ParameterError(f"{request.name}: {request.form.fault}")
+    if request.params.form:
+        return ParameterError(
+            f"{request.name}: its {request.params.form[0]} with its logit_bias, bad_words and min_gen_len forbids every"
+            " token at some place: allow one"
+        )
     return ParameterError(
         f"{request.name}: its logit_bias, bad_words and min_gen_len forbid every token at some place: allow one"
     )
