@@ -1,4 +1,4 @@
-"""Forms: what a text must be (JSON of a schema, a regular expression, a choice, a grammar), and which tokens may follow.
+"""Forms: what a text must be (JSON of a schema, a regex, a choice, of a grammar), and which tokens may follow.
 
 A form is of the text that is shown. So each token is known to llguidance (https://github.com/guidance-ai/llguidance) by
 the exact bytes that it adds to that text. At its start a text may drop a space of its first token: then the tokens that
@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import islice, takewhile
+from itertools import accumulate, chain, islice, takewhile
 from typing import TYPE_CHECKING, Any
 
 from llama.errors import ParameterError
@@ -74,12 +74,12 @@ class Vocabulary:
         self._tokenizer = tokenizer
         decoder = StreamDecoder(tokenizer, inside=True)
         self._within = [_as_bytes(decoder.added(token)) for token in range(self.size)]
-        self._tokens = {text: token for token, text in reversed(list(enumerate(self._within))) if text}
-        self._longest = max(map(len, self._tokens), default=1)
+        self._tokens = _by_text(self._within)
         self.within = self._of(self._within, self._encoded)
-        self._first, self.first = self._within, self.within
+        self._first, self._first_tokens, self.first = self._within, self._tokens, self.within
         if tokenizer.strips_first_space:
             self._first = [_as_bytes(StreamDecoder(tokenizer).added(token)) for token in range(self.size)]
+            self._first_tokens = _by_text(self._first)
             self.first = self._of(self._first, self._encoded_first)
         self.silent: NDArray[numpy.bool_] = numpy.array([not text for text in self._within])
 
@@ -99,21 +99,24 @@ class Vocabulary:
         tokens, data = self._tokenizer.encode_inside(text), text.encode()
         if b"".join(self._within[token] for token in tokens) == data:
             return tokens
-        return list(self._longest_tokens(data))
+        return list(self._longest_tokens(data, self._tokens))
 
     def _encoded_first(self, text: str) -> list[int]:
         """The same at a text's start, of which the first token alone is used."""
         tokens, data = self._tokenizer.encode(text, bos=False, eos=False), text.encode()
         first = next((token for token in tokens if self._first[token]), None)
         if first is None or not data.startswith(self._first[first]):
-            return list(self._longest_tokens(data))
+            first = next(self._longest_tokens(data, self._first_tokens))
+            size = len(self._first[first]) if first < self.size else 1
+            return [first, *(self.size + byte for byte in data[size:])]
         return [first, *(self.size + byte for byte in data[len(self._first[first]) :])]
 
-    def _longest_tokens(self, data: bytes) -> Iterator[int]:
+    def _longest_tokens(self, data: bytes, tokens: dict[bytes, int]) -> Iterator[int]:
+        longest = max(map(len, tokens), default=1)
         while data:
-            sizes = range(min(self._longest, len(data)), 0, -1)
-            size = next((size for size in sizes if data[:size] in self._tokens), 1)
-            yield self._tokens.get(data[:size], self.size + data[0])
+            sizes = range(min(longest, len(data)), 0, -1)
+            size = next((size for size in sizes if data[:size] in tokens), 1)
+            yield tokens.get(data[:size], self.size + data[0])
             data = data[size:]
 
 
@@ -149,7 +152,7 @@ class Compiled:
 
 
 class Form:
-    """What one completion must be. Any thread may ask; what it is asked for, drafts included, has no lasting effect.
+    """What one completion must be, for the thread that steps the engine. What it is asked for has no lasting effect.
 
     The completion's tokens only ever grow in number: those that were seen before are not looked at again.
     """
@@ -163,7 +166,6 @@ class Form:
         self._matcher = compiled.within.deep_copy()
         self._known = 0  # how many tokens of the completion the matcher has taken
         self._ahead: list[int] = []  # drafts behind them that it has taken too
-        self._lock = threading.Lock()
 
     def banned(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> "NDArray[numpy.bool_]":
         """Which tokens (V,) may not follow a completion and the drafts behind it; all, where it cannot go on.
@@ -174,15 +176,14 @@ class Form:
 
         vocabulary = self._vocabulary
         result = numpy.ones(vocabulary.vocab_size, dtype=numpy.bool_)
-        with self._lock:
-            self._go_to(tokens, drafts)
-            matcher = self._matcher
-            if self._strips and not tokens and not drafts:
-                matcher = self._compiled.first.deep_copy()
-            words = numpy.zeros(vocabulary.end // 32 + 1, dtype=numpy.uint32)
-            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            if matcher.is_error():
-                return result
+        self._go_to(tokens, drafts)
+        matcher = self._matcher
+        if self._strips and not tokens and not drafts:
+            matcher = self._compiled.first.deep_copy()
+        words = numpy.zeros(vocabulary.end // 32 + 1, dtype=numpy.uint32)
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if matcher.is_error():
+            return result
         bits = numpy.unpackbits((~words).view(numpy.uint8), bitorder="little").view(numpy.bool_)
         numpy.logical_or(bits[: vocabulary.size], vocabulary.silent, out=result[: vocabulary.size])
         result[self._stop_tokens] = bits[vocabulary.end]
@@ -190,27 +191,23 @@ class Form:
 
     def allowed(self, tokens: Sequence[int], drafts: Sequence[int]) -> int:
         """How many of the drafts may follow the completion, each behind those before it."""
-        with self._lock:
-            self._go_to(tokens, ())
-            spelled = [self._spelled(len(tokens) + n, draft) for n, draft in enumerate(drafts)]
-            left = 0 if self._matcher.is_error() else self._matcher.validate_tokens(sum(spelled, []))
-        for count, draft in enumerate(spelled):
-            left -= len(draft)
-            if left < 0:
-                return count
-        return len(drafts)
+        self._go_to(tokens, ())
+        visible = takewhile(lambda draft: draft < self._vocabulary.size and not self._vocabulary.silent[draft], drafts)
+        spelled = [self._spelled(len(tokens) + n, draft) for n, draft in enumerate(visible)]
+        left = 0 if self._matcher.is_error() else self._matcher.validate_tokens(list(chain(*spelled)))
+        return sum(1 for end in accumulate(map(len, spelled)) if end <= left)
 
     def ended(self, tokens: Sequence[int]) -> bool:
         """Whether the completion is complete, and nothing can follow."""
-        with self._lock:
-            self._go_to(tokens, ())
-            return self._matcher.is_stopped() and not self._matcher.is_error()
+        self._go_to(tokens, ())
+        return self._matcher.is_stopped() and not self._matcher.is_error()
 
     @property
     def fault(self) -> str:
         """Why no token may follow."""
         error = self._matcher.get_error()
-        return f"its {self._compiled.name} cannot be followed any further ({_place(error)}): simplify it" if error else ""
+        name = self._compiled.name
+        return f"its {name} cannot be followed any further ({_place(error)}): simplify it" if error else ""
 
     def _go_to(self, tokens: Sequence[int], drafts: Sequence[int]) -> None:
         """Bring the matcher behind these tokens and drafts, from where it is."""
@@ -234,6 +231,11 @@ class Form:
 # ------------------------------------------------------------------------------------------------- what was asked for
 
 
+def _by_text(texts: list[bytes]) -> dict[bytes, int]:
+    """Text → the first token that has it."""
+    return {text: token for token, text in reversed(list(enumerate(texts))) if text}
+
+
 def _as_bytes(added: str | bytes) -> bytes:
     return added if isinstance(added, bytes) else added.encode()
 
@@ -243,7 +245,9 @@ def _source(name: str, given: Any) -> str:
     try:
         from llguidance import LLMatcher
     except ImportError:
-        raise ParameterError(f"{name} needs the package llguidance, which is not here: pip install llguidance") from None
+        raise ParameterError(
+            f"{name} needs the package llguidance, which is not here: pip install llguidance"
+        ) from None
     source = _READ[name](given)
     failed, said = LLMatcher.validate_grammar_with_warnings(source)
     if failed:
@@ -297,7 +301,7 @@ def _place(error: str) -> str:
 
 def _pointer(schema: dict[str, Any], error: str) -> str:
     """The JSON pointer of the smallest part of a schema that is refused for the same reason, as "/a/b: "."""
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     at, part = "", schema
     while smaller := next(
         (one for one in islice(_objects(part), _MOST_TRIES) if _refused({**shared, **one[1]}) == error), None

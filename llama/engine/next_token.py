@@ -1,6 +1,6 @@
 """The next token at each of some places, from its row of logits: pure functions."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,15 @@ class Place:
     request: Request
     key: bytes  # of the request's noise
     drafts: tuple[int, ...] = ()
+    banned: Tensor | None = None  # (V,) bool: the tokens that the request's form does not allow here
+
+    @classmethod
+    def of(cls, request: Request, key: bytes, drafts: tuple[int, ...] = ()) -> "Place":
+        """With what the request's form does not allow there, which takes a while."""
+        form = request.form
+        return cls(
+            request, key, drafts, None if form is None else torch.from_numpy(form.banned(request.tokens, drafts))
+        )
 
     @property
     def completion(self) -> list[int]:
@@ -28,13 +37,8 @@ class Place:
         return uniform(self.key, len(self.request.prompt) + len(self.request.tokens) + len(self.drafts))
 
 
-def next_tokens(
-    places: Sequence[Place], logits: Tensor, best: list[int], banned: Mapping[int, Tensor]
-) -> Iterable[int | None]:
-    """The token at each place, from logits (R, V), `best` the largest of each; None where all are forbidden.
-
-    `banned` has the tokens (V,) that the form of a request does not allow, by the number of the place.
-    """
+def next_tokens(places: Sequence[Place], logits: Tensor, best: list[int]) -> Iterable[int | None]:
+    """The token at each place, from logits (R, V), `best` the largest of each; None where all are forbidden."""
     all_greedy = all(place.request.params.temperature == 0 for place in places)
     changed = [row for row, place in enumerate(places) if not place.request.params.plain]
     if not changed:
@@ -43,7 +47,7 @@ def next_tokens(
     for row in changed:
         request = places[row].request
         logits[row] = adjust(
-            logits[row], request.params, request.prompt, places[row].completion, request.stop_tokens, banned.get(row)
+            logits[row], request.params, request.prompt, places[row].completion, request.stop_tokens, places[row].banned
         )  # fmt: skip
     empty = logits.amax(-1) == -torch.inf
     logits.masked_fill_(empty[:, None], 0)
