@@ -25,7 +25,8 @@ _OURS = ("top_k", "min_p", "repetition_penalty", "min_gen_len", "stop_token_ids"
 _HARMLESS = {"model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier",
              "prompt_cache_key"}  # fmt: skip
 _ONLY_AT = {"stream": (False,), "echo": (False,), "best_of": (1,), "tools": ([],),
-            "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],)}  # fmt: skip
+            "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
+            "modalities": (["text"],)}  # fmt: skip
 _LINE = ("custom_id", "method", "url", "body")
 _MESSAGE = ("role", "content")
 _LIMITS = ("max_completion_tokens", "max_tokens")
