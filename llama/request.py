@@ -156,10 +156,10 @@ class SamplingParams:
 
     @property
     def plain(self) -> bool:
-        """Whether the model's logits are used as they are."""
+        """Whether the model's logits are used as they are, but for what a form does not allow."""
         return not (
             self.logit_bias or self.bad_words or self.min_gen_len or self.presence_penalty or self.frequency_penalty
-        ) and (self.repetition_penalty == 1 and self.form is None)
+        ) and (self.repetition_penalty == 1)
 
     @property
     def form(self) -> tuple[str, Any] | None:

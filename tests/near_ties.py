@@ -106,9 +106,9 @@ def refuse_near_ties(llama: Llama) -> None:
     def choose_clearly(places: list[Place], logits: Tensor, best: list[int]) -> Iterable[int | None]:
         for place, row in zip(places, logits, strict=True):
             request = place.request
-            row = adjust(
-                row, request.params, request.prompt, place.completion, request.stop_tokens, place.banned
-            )  # fmt: skip
+            row = adjust(row, request.params, request.prompt, place.completion, request.stop_tokens)
+            if place.banned is not None:
+                row[place.banned] = -torch.inf
             assert _is_clear(row, request), f"a near-tie after {request.prompt + request.tokens}: ask something else"
         return choose(places, logits, best)
 

@@ -334,7 +334,7 @@ def _decides_on_device(chunk: Chunk) -> bool:
     """Whether the device can choose the next token: nobody needs the logits, and nothing changes them before."""
     request, params = chunk.sequence.request, chunk.sequence.request.params
     needs_logits = request.prompt_logprobs or params.logprobs or params.top_logprobs or params.max_gen_len == 0
-    return params.plain and not needs_logits
+    return params.plain and request.form is None and not needs_logits
 
 
 def _in_form(chunk: Chunk, drafts: tuple[int, ...]) -> tuple[int, ...]:

@@ -110,7 +110,6 @@ def adjust(
     prompt: Sequence[int],
     completion: Sequence[int],
     stop_tokens: frozenset[int],
-    banned_by_form: Tensor | None = None,
 ) -> Tensor:
     """One row of logits (V,) after the request's bias, penalties and bans (the order is in `SamplingParams`)."""
     logits = logits.clone()
@@ -133,8 +132,6 @@ def adjust(
         banned |= stop_tokens
     if banned:
         logits[at(sorted(banned))] = -torch.inf
-    if banned_by_form is not None:
-        logits.masked_fill_(banned_by_form.to(logits.device), -torch.inf)
     return logits
 
 
