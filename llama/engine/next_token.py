@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama.engine.sampling import adjust, sample, uniform
+from llama.engine.sampling import adjust, forbid, sample, uniform
 from llama.kernels.sample import greedy
 from llama.request import Request
 
@@ -48,7 +48,7 @@ def next_tokens(places: Sequence[Place], logits: Tensor, best: list[int]) -> Ite
         if not request.params.plain:
             row.copy_(adjust(row, request.params, request.prompt, place.completion, request.stop_tokens))
         if place.banned is not None:
-            row.masked_fill_(place.banned.to(row.device), -torch.inf)
+            forbid(row, place.banned)
     empty = (logits.amax(-1) == -torch.inf).tolist()
     if any(empty):
         logits[empty] = 0

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -133,6 +134,14 @@ def adjust(
     if banned:
         logits[at(sorted(banned))] = -torch.inf
     return logits
+
+
+def forbid(logits: Tensor, banned: Tensor) -> None:
+    """Write -inf into a row of logits (V,) where `banned` (V,), a bool tensor on a CPU, is true."""
+    if logits.device.type == "cpu":
+        numpy.copyto(logits.numpy(), -numpy.inf, where=banned.numpy())  # several times as fast as `masked_fill_`
+    else:
+        logits.masked_fill_(banned.to(logits.device), -torch.inf)
 
 
 def no_token(request: Request) -> ParameterError:
