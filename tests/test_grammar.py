@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import json_tokenizers
 import numpy
 import pytest
 from checkpoints import SMALL, random_weights, save
+from conftest import ROOT
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
@@ -19,6 +21,7 @@ jsonschema = pytest.importorskip("jsonschema")
 
 from llama import Llama, SamplingParams  # noqa: E402
 from llama.batch.lines import read_line  # noqa: E402
+from llama.cli.flags import SAMPLING, sampling_params  # noqa: E402
 from llama.errors import LlamaError, ParameterError  # noqa: E402
 from llama.grammar import Forms  # noqa: E402
 from llama.response_format import form_of  # noqa: E402
@@ -73,7 +76,7 @@ def test_what_is_finished_has_the_form(any_llama: Llama, form: dict, holds: Call
             assert "".join(sample["tokens"]) == sample["generation"]
 
 
-def test_chat_answers_and_gaps_have_the_form(build: Any) -> None:
+def test_chat_answers_have_the_form(build: Any) -> None:
     answer = build().chat_completion([DIALOG], temperature=1, seed=1, **FORMS[0][0])[0]
     assert is_person(answer["generation"]["content"]) and answer["finish_reason"] == "stop"
 
@@ -299,3 +302,34 @@ def shared(build: Any, small: dict, tmp_path_factory: pytest.TempPathFactory) ->
     """Random models of several seeds."""
     folders = [save(tmp_path_factory.mktemp("m") / str(n), small, random_weights(small, seed=n)) for n in range(3)]
     return [build(folder, max_seq_len=256) for folder in folders]
+
+
+def flags(**given: Any) -> SamplingParams:
+    return sampling_params({**{name: flag.default for name, flag in SAMPLING.items()}, **given})
+
+
+def test_the_command_reads_schemas_and_grammars_from_files(tmp_path: Path) -> None:
+    """And says what is wrong with them before a model is loaded."""
+    schema, grammar = tmp_path / "person.json", tmp_path / "a.lark"
+    schema.write_text(json.dumps(PERSON), encoding="utf-8")
+    grammar.write_text("start: /a+/\n", encoding="utf-8")
+    assert flags(json_schema=str(schema)).json_schema == PERSON
+    assert flags(grammar=str(grammar)).form == ("grammar", "start: /a+/\n")
+    assert flags(choices=["a", "b"]).choices == ("a", "b")
+    for wrong, said in (
+        ({"json_schema": str(grammar)}, "json_schema is not JSON"),
+        ({"json_schema": str(tmp_path / "none")}, "cannot be read: No such file"),
+        ({"grammar": str(schema)}, "grammar cannot be followed"),
+        ({"regex": "("}, "regex cannot be followed"),
+    ):
+        with pytest.raises(ParameterError, match=said):
+            flags(**wrong)
+
+
+def test_nothing_is_imported_unasked() -> None:
+    code = (
+        "import sys; from llama import Llama; llama = Llama.build(max_seq_len=64);"
+        "llama.text_completion(['a'], max_gen_len=2); print('llguidance' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"
