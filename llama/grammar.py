@@ -82,6 +82,10 @@ class Vocabulary:
             self._first_tokens = _by_text(self._first)
             self.first = self._of(self._first, self._encoded_first)
         self.silent: NDArray[numpy.bool_] = numpy.array([not text for text in self._within])
+        self.words = self.end // 32 + 1  # of 32 bits each, in a mask of all of them
+        visible = numpy.zeros(32 * max(self.words, vocab_size // 32 + 1), dtype=numpy.bool_)
+        visible[: self.size] = ~self.silent
+        self.visible: NDArray[numpy.uint32] = numpy.packbits(visible, bitorder="little").view(numpy.uint32)
 
     def spelled(self, token: int, first: bool) -> list[int]:
         """The tokens that stand for one: itself, or the bytes that it adds as the first of a text."""
@@ -175,19 +179,19 @@ class Form:
         import numpy
 
         vocabulary = self._vocabulary
-        result = numpy.ones(vocabulary.vocab_size, dtype=numpy.bool_)
         self._go_to(tokens, drafts)
         matcher = self._matcher
         if self._strips and not tokens and not drafts:
             matcher = self._compiled.first.deep_copy()
-        words = numpy.zeros(vocabulary.end // 32 + 1, dtype=numpy.uint32)
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        words = numpy.zeros_like(vocabulary.visible)
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, 4 * vocabulary.words)
         if matcher.is_error():
-            return result
-        bits = numpy.unpackbits((~words).view(numpy.uint8), bitorder="little").view(numpy.bool_)
-        numpy.logical_or(bits[: vocabulary.size], vocabulary.silent, out=result[: vocabulary.size])
-        result[self._stop_tokens] = bits[vocabulary.end]
-        return result
+            words[:] = 0
+        complete = words[vocabulary.end // 32] >> vocabulary.end % 32 & 1
+        words &= vocabulary.visible
+        bits = numpy.unpackbits((~words).view(numpy.uint8), count=vocabulary.vocab_size, bitorder="little")
+        bits[self._stop_tokens] = 1 - complete
+        return bits.view(numpy.bool_)
 
     def allowed(self, tokens: Sequence[int], drafts: Sequence[int]) -> int:
         """How many of the drafts may follow the completion, each behind those before it."""
