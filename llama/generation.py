@@ -20,6 +20,7 @@ from llama.checkpoint.find import find_checkpoint
 from llama.engine.drafts import Speculation
 from llama.engine.engine import Engine
 from llama.errors import LlamaError, PromptCacheError, PromptError
+from llama.grammar import Forms
 from llama.infilling import Infilling, infilling_prompt
 from llama.jobs import Job, answer, completion, infilled, prediction
 from llama.loading import chosen, load, speculation
@@ -134,6 +135,7 @@ class Llama:
         self.engine = Engine(model, sizes.max_batch_size, sizes.max_seq_len, max_step_tokens, speculation)
         self.turns = Turns(self.engine)
         self._requests = count(1)
+        self._forms = Forms(tokenizer, sizes.vocab_size)
 
     def generate(
         self,
@@ -426,14 +428,16 @@ class Llama:
         if prompt is None:
             return job
         seed = derive_seed(self.seed, next(self._requests)) if params.seed is None else params.seed
+        stop_tokens = prompt.end_ids.union(self.end_ids, params.stop_token_ids)
         for sample in range(params.n):
             request = Request(
-                prompt.tokens, params, derive_seed(seed, sample) if sample else seed,
-                stop_tokens=prompt.end_ids.union(self.end_ids, params.stop_token_ids),
+                prompt.tokens, params, derive_seed(seed, sample) if sample else seed, stop_tokens,
                 prompt_logprobs=score or (echo and (params.logprobs or params.top_logprobs > 0)),
                 name=name,
             )  # fmt: skip
             self.engine.check(request)
+            if params.form:
+                request.form = self._forms.form(*params.form, stop_tokens, prompt.inside)
             job.samples.append(Output(self.engine, self.tokenizer, request, index, echo, prompt.inside))
         return job
 

@@ -14,6 +14,7 @@ from typing import Any
 from llama.errors import ParameterError, PromptError
 from llama.infilling import Infilling
 from llama.predictions import completion_tokens, samples_of
+from llama.response_format import form_of
 from llama.tokenizer import BaseTokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -24,8 +25,8 @@ _OURS = ("top_k", "min_p", "repetition_penalty", "min_gen_len", "stop_token_ids"
 _HARMLESS = {"model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier",
              "prompt_cache_key"}  # fmt: skip
 _ONLY_AT = {"stream": (False,), "echo": (False,), "best_of": (1,), "tools": ([],),
-            "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],),
-            "response_format": ({"type": "text"},)}  # fmt: skip
+            "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
+            "modalities": (["text"],)}  # fmt: skip
 _MESSAGE = ("role", "content")
 _LIMITS = ("max_completion_tokens", "max_tokens")
 
@@ -109,7 +110,7 @@ def _message(message: Any, where: str) -> Any:
 
 def _sampling(body: dict[str, Any], chat: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """The sampling fields of what is left of a body, and our names of those → theirs where they differ."""
-    fields, theirs = {name: body.pop(name) for name in (*_SAME, *_OURS) if name in body}, {}
+    fields, theirs = {name: body.pop(name) for name in (*_SAME, *_OURS) if name in body} | form_of(body), {}
     limits = {name: body.pop(name) for name in _LIMITS if name in body}
     if len(limits) > 1:
         raise ParameterError(f"body has both {' and '.join(limits)}: give one of them")

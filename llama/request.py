@@ -1,6 +1,7 @@
 """What is asked for: `SamplingParams` by a caller, a `Request` of the engine."""
 
 import hashlib
+import json
 import math
 import re
 import struct
@@ -9,9 +10,12 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
 from llama.errors import LlamaError, ParameterError
+from llama.grammar import Form
 
 FinishReason = Literal["stop", "length", "refused", "cancelled", "error"]
 _MAX_SEED = 2**64 - 1
+_FORMS = ("json_schema", "regex", "choices", "grammar")  # fields, of which one at most is given
+_KINDS_OF_TEXT = {"regex": "regular expression", "grammar": "grammar in Lark's notation, or with ::="}
 _DECIMAL = re.compile("0|[1-9][0-9]{0,18}")  # a token id as JSON spells a key
 
 
@@ -26,7 +30,8 @@ class SamplingParams:
 
     The model's logits are changed in this order: `logit_bias`, `repetition_penalty` (prompt and completion,
     https://arxiv.org/abs/1909.05858), `presence_penalty` and `frequency_penalty` (completion only),
-    `bad_words`, end and stop tokens before `min_gen_len`. Temperature 0 takes the largest logit. Otherwise
+    `bad_words`, end and stop tokens before `min_gen_len`, tokens that the form does not allow (one of `json_schema`,
+    `regex`, `choices` and `grammar`: see grammar.py). Temperature 0 takes the largest logit. Otherwise
     softmax(logits / temperature) keeps its `top_k` most probable tokens (0: all), of those the most probable whose
     cumulative renormalised probability before them is ≤ `top_p` (https://arxiv.org/abs/1904.09751), of those the
     ones at least `min_p` times as probable as the best, and one is drawn.
@@ -73,6 +78,16 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(
         default_factory=dict, metadata={"help": "numbers added to the logits of tokens, such as {5:-2.5}."}
     )
+    json_schema: Mapping[str, Any] | None = field(
+        default=None, metadata={"help": "a file with a JSON schema: the text is JSON that follows it."}
+    )
+    regex: str | None = field(default=None, metadata={"help": "a regular expression: the text matches it, whole."})
+    choices: Sequence[str] = field(
+        default=(), metadata={"help": "a text that the completion may be; given several times, it is one of them."}
+    )
+    grammar: str | None = field(
+        default=None, metadata={"help": "a file with a grammar, in Lark's notation or with ::=, that the text follows."}
+    )
     seed: int | None = None  # None: derived from the build's seed and a counter of requests
     n: int = field(default=1, metadata={"help": "how many samples of each prompt."})
     num_beams: int = field(default=1, metadata={"help": "beam search with so many beams; 1 is off."})
@@ -109,26 +124,48 @@ class SamplingParams:
         if not isinstance(self.logprobs, bool):
             raise ParameterError(f"logprobs={self.logprobs!r} is out of range: expected True or False")
         self._freeze_collections()
+        self._check_form()
+
+    def _check_form(self) -> None:
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _schema(self.json_schema))
+        for name in ("regex", "grammar"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ParameterError(f"{name}={value!r:.60} is not a text: expected a {_KINDS_OF_TEXT[name]}")
+        given = [name for name in _FORMS if getattr(self, name) not in (None, ())]
+        if len(given) > 1:
+            raise ParameterError(f"{' and '.join(given)} were both given: a text has one form; give one of them")
+        if given and self.num_beams > 1:
+            raise ParameterError(f"{given[0]} with num_beams={self.num_beams}: beam search follows no form; use n")
 
     def _freeze_collections(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         stop_token_ids, bad_words = plain_each(self.stop_token_ids), plain_each(self.bad_words)
         if _is_list(bad_words):
             bad_words = [plain_each(word) for word in bad_words]
+        choices = (self.choices,) if isinstance(self.choices, str) else self.choices
         _each("stop", stop, lambda s: isinstance(s, str) and s, "non-empty strings")
+        _each("choices", choices, lambda s: isinstance(s, str) and s, "non-empty strings")
         _each("stop_token_ids", stop_token_ids, _is_token, "token ids")
         _each("bad_words", bad_words, lambda w: _is_list(w) and w and all(map(_is_token, w)), "lists of token ids")
         object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "choices", tuple(choices))
         object.__setattr__(self, "stop_token_ids", tuple(stop_token_ids))
         object.__setattr__(self, "bad_words", tuple(map(tuple, bad_words)))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     @property
     def plain(self) -> bool:
-        """Whether the model's logits are used as they are."""
+        """Whether the model's logits are used as they are, but for what a form does not allow."""
         return not (
             self.logit_bias or self.bad_words or self.min_gen_len or self.presence_penalty or self.frequency_penalty
         ) and (self.repetition_penalty == 1)
+
+    @property
+    def form(self) -> tuple[str, Any] | None:
+        """(Field, value) of the form that a completion must have; None where it may be any."""
+        given = ((name, getattr(self, name)) for name in _FORMS)
+        return next(((name, value) for name, value in given if value not in (None, ())), None)
 
 
 class MoreSampling(TypedDict, total=False):
@@ -144,6 +181,10 @@ class MoreSampling(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None
     bad_words: Sequence[Sequence[int]] | None
     logit_bias: dict[int, float] | None
+    json_schema: Mapping[str, Any] | None
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | None
     seed: int | None
     n: int | None
     num_beams: int | None
@@ -209,6 +250,7 @@ class Request:
     params: SamplingParams
     seed: int
     stop_tokens: frozenset[int]
+    form: Form | None = None  # what the completion must be
     prompt_logprobs: bool = False
     name: str = "prompt"  # how errors call it, such as "prompt 3"
     tokens: list[int] = field(default_factory=list)  # of the completion so far, without the end token
@@ -259,6 +301,17 @@ def plain_each(values: Any) -> Any:
     """The same for a list that may hold some; what is no list is as it is."""
     values = plain(values)
     return list(map(plain, values)) if _is_list(values) else values
+
+
+def _schema(given: Any) -> dict[str, Any]:
+    """A JSON schema, copied."""
+    if not isinstance(given, Mapping):
+        raise ParameterError(f"json_schema={given!r:.60} is not a JSON schema: expected an object (in Python a dict)")
+    try:
+        copied: dict[str, Any] = json.loads(json.dumps(dict(given), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ParameterError(f"json_schema is not a JSON schema: it cannot be written as JSON ({error})") from None
+    return copied
 
 
 def _biases(given: Any) -> dict[int, float]:

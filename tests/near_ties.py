@@ -15,8 +15,8 @@ from reference import kept
 from torch import Tensor
 
 from llama import Llama, SamplingParams
+from llama.engine.next_token import Place
 from llama.engine.sampling import adjust, noise_key, uniform
-from llama.engine.scheduler import Chunk
 from llama.model.step import Step
 from llama.request import Request
 
@@ -103,11 +103,14 @@ def refuse_near_ties(llama: Llama) -> None:
     """
     choose = llama.engine._choose
 
-    def choose_clearly(chunks: list[Chunk], logits: Tensor, best: list[int]) -> Iterable[int | None]:
-        for request, row in zip((chunk.sequence.request for chunk in chunks), logits, strict=True):
-            row = adjust(row, request.params, request.prompt, request.tokens, request.stop_tokens)
+    def choose_clearly(places: list[Place], logits: Tensor, best: list[int]) -> Iterable[int | None]:
+        for place, row in zip(places, logits, strict=True):
+            request = place.request
+            row = adjust(row, request.params, request.prompt, place.completion, request.stop_tokens)
+            if place.banned is not None:
+                row[place.banned] = -torch.inf
             assert _is_clear(row, request), f"a near-tie after {request.prompt + request.tokens}: ask something else"
-        return choose(chunks, logits, best)
+        return choose(places, logits, best)
 
     llama.engine._choose = choose_clearly
 

@@ -22,8 +22,10 @@ FLOORS = (
     ("device", "quantization"),
     ("text",),
     ("parallel", "chat", "infilling", "progress"),
-    ("tokenizer", "request", "interrupts", "gguf"),
-    ("paths", "script"),
+    ("request", "interrupts", "gguf"),
+    ("grammar",),
+    ("tokenizer",),
+    ("paths", "script", "response_format"),
     ("wording",),
     ("errors", "log"),
     ("gate",),
@@ -39,7 +41,7 @@ WITHOUT_TORCH = {
     "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
     "errors", "wording", "log", "script", "gate", "checkpoint.find", "openai",
     "text", "text.json_tokenizer", "text.tokenizer_files", "text.template", "text.chat_files", "text.gguf_tokenizer",
-    "text.step_chat", "gguf", "infilling",
+    "text.step_chat", "gguf", "infilling", "grammar", "response_format",
 }  # fmt: skip
 
 

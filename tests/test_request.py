@@ -19,6 +19,8 @@ BAD = {
     "stop_token_ids": [5, [-1], ["a"], [True]], "bad_words": [[[]], [5], ["ab"], [[1, -2]]],
     "logit_bias": [[1], {"a": 1.0}, {1: NAN}, {1: INF}, {-1: 0.0}, {1: "x"}, {"1_0": 1}, {" 6 ": 1}, {"06": 1},
                    {True: 1}],
+    "json_schema": ["{}", [1], 5], "regex": [5, ["a"], b"x"], "grammar": [5, ["a"]],
+    "choices": [5, [""], ["a", 3], b"x"],
     "seed": [-1, 2**64, 1.0, "7"],
     "n": [0, -1, 1.5], "num_beams": [0, 2.0], "logprobs": ["yes", 1], "top_logprobs": [-1, True, 1.5],
 }  # fmt: skip

@@ -6,14 +6,21 @@ from typing import Any
 
 from llama.bench.figures import LONGEST
 from llama.cli.arguments import Flag
+from llama.errors import ParameterError
+from llama.grammar import check
 from llama.options import RunOptions
-from llama.paths import FilePath
+from llama.paths import FilePath, read
 from llama.request import SamplingParams, default_of
+from llama.response_format import parse_object
 from llama.server.options import ServeOptions
+from llama.wording import utf8
+
+_MOST_BYTES = 1 << 24  # of a file with a form
 
 # Where a flag differs from its field: a shell names a device, and the two sizes may be left out.
 _IN_A_SHELL: dict[str, tuple[Any, Any]] = {
     "max_batch_size": (int | None, None), "device": (str | None, None), "dtype": (str | None, None),
+    "json_schema": (FilePath | None, None), "grammar": (FilePath | None, None),
 }  # fmt: skip
 
 
@@ -61,4 +68,20 @@ SAMPLING = _flags(SamplingParams, without=("seed",))  # the model's is the one f
 def sampling_params(given: dict[str, Any]) -> SamplingParams:
     """The SamplingParams of the flags; a lone token stands for a list of one. Raises ParameterError."""
     tokens = given["stop_token_ids"]
-    return SamplingParams(**{**given, "stop_token_ids": (tokens,) if isinstance(tokens, int) else tokens})
+    given = {**given, "stop_token_ids": (tokens,) if isinstance(tokens, int) else tokens}
+    for name in ("json_schema", "grammar"):
+        given[name] = given[name] and _text(given[name], name)
+    if given["json_schema"]:
+        given["json_schema"] = parse_object(given["json_schema"], "json_schema")
+    params = SamplingParams(**given)
+    if params.form:
+        check(*params.form)  # now: to load a model takes a while
+    return params
+
+
+def _text(file: str, name: str) -> str:
+    try:
+        data = read(file, _MOST_BYTES)
+    except OSError as error:
+        raise ParameterError(f"{name}={file!r} cannot be read: {error.strerror}") from None
+    return utf8(data, f"{file} is ")

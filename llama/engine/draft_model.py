@@ -82,7 +82,7 @@ class DraftModel:
                 self._known[sequence].tokens = texts[sequence][:stop]
             decided = [sequence for sequence, stop in ends.items() if stop == len(texts[sequence])]
             best, finite = greedy(logits)
-            places = [Place(s.request, self._known[s].key, tuple(drafts[s])) for s in decided]
+            places = [Place.of(s.request, self._known[s].key, tuple(drafts[s])) for s in decided]
             if not all(finite):  # nothing can be drawn from them
                 logits, best = torch.zeros_like(logits), [0] * len(best)
             for sequence, token, good in zip(decided, next_tokens(places, logits, best), finite, strict=True):

@@ -156,7 +156,7 @@ class Engine:
             return self._collect(self._ahead)
         if self.speculation and decodes:
             drafts = self.speculation.drafts([c.sequence for c in chunks], [self._room(c.sequence) for c in chunks])
-            chunks = [replace(chunk, drafts=own) for chunk, own in zip(chunks, drafts, strict=True)]
+            chunks = [replace(chunk, drafts=_in_form(chunk, own)) for chunk, own in zip(chunks, drafts, strict=True)]
         return self._decode_or_prefill(chunks, loop)
 
     def _copy_prefixes(self) -> None:
@@ -182,7 +182,8 @@ class Engine:
         self.scheduler.commit(chunks)
         self.computed_tokens += sum(chunk.stop - chunk.start for chunk in chunks)
         try:
-            return self._give(chunks, wanted, logits)
+            places = self._places(chunks)  # before logits are read: a GPU computes them meanwhile
+            return self._give(chunks, wanted, logits, places)
         except BaseException:  # Ctrl-C, say: the requests may go on
             self.scheduler.rewind(chunks)
             raise
@@ -245,7 +246,20 @@ class Engine:
             raise
         return [request]
 
-    def _give(self, chunks: list[Chunk], wanted: list[range], logits: Tensor) -> list[Request]:
+    def _places(self, chunks: list[Chunk]) -> dict[Sequence, list[Place]]:
+        """Where tokens are to be chosen: behind each sequence's tokens, and behind each of its drafts."""
+        return {
+            chunk.sequence: [
+                Place.of(chunk.sequence.request, self._noise[chunk.sequence.request], chunk.drafts[:n])
+                for n in range(1 + len(chunk.drafts))
+            ]
+            for chunk in chunks
+            if chunk.reaches_end and chunk.sequence.request.params.max_gen_len != 0
+        }
+
+    def _give(
+        self, chunks: list[Chunk], wanted: list[range], logits: Tensor, places: dict[Sequence, list[Place]]
+    ) -> list[Request]:  # fmt: skip
         """Hand the rows of logits to their requests: scores of prompt tokens, then the next tokens."""
         best, finite = greedy(logits)
         progressed, deciding, rows, first = [], [], [], 0
@@ -269,20 +283,15 @@ class Engine:
                 rows += [chunk_rows[-1], *behind]
         if deciding:
             taken = logits if len(rows) == len(logits) else logits[rows]
-            chosen = self._choose(deciding, taken, [best[row] for row in rows])
+            own = [place for chunk in deciding for place in places[chunk.sequence]]
+            chosen = self._choose(own, taken, [best[row] for row in rows])
             choices = zip(chosen, taken, [finite[row] for row in rows], strict=True)
             for chunk in deciding:
                 self._accept(chunk, list(islice(choices, 1 + len(chunk.drafts))), len(chunks))
         return progressed
 
-    def _choose(self, chunks: list[Chunk], logits: Tensor, best: list[int]) -> Iterable[int | None]:
-        """The next token behind each chunk, and behind each of its drafts, from rows of logits, `best` the largest."""
-        keys = ((chunk, self._noise[chunk.sequence.request]) for chunk in chunks)
-        places = [
-            Place(chunk.sequence.request, key, chunk.drafts[:n])
-            for chunk, key in keys
-            for n in range(1 + len(chunk.drafts))
-        ]
+    def _choose(self, places: list[Place], logits: Tensor, best: list[int]) -> Iterable[int | None]:
+        """The next token at each place, from its row of logits (R, V), `best` the largest of each."""
         return next_tokens(places, logits, best)
 
     def _accept(self, chunk: Chunk, choices: list[tuple[int | None, Tensor, bool]], sequences: int) -> None:
@@ -327,7 +336,9 @@ class Engine:
             request.top_logprobs += tops  # all or nothing: where memory is short the step is taken again
         sequence.tokens.append(token)
         request.tokens.append(token)
-        if len(request.tokens) == request.params.max_gen_len or len(sequence.tokens) == self.max_seq_len:
+        if request.form and request.form.ended(request.tokens):
+            self.finish(request, "stop")
+        elif len(request.tokens) == request.params.max_gen_len or len(sequence.tokens) == self.max_seq_len:
             self.finish(request, "length")
         elif observer := self._observers.get(request):
             observer(request)
@@ -342,7 +353,13 @@ def _decides_on_device(chunk: Chunk) -> bool:
     """Whether the device can choose the next token: nobody needs the logits, and nothing changes them before."""
     request, params = chunk.sequence.request, chunk.sequence.request.params
     needs_logits = request.prompt_logprobs or params.logprobs or params.top_logprobs or params.max_gen_len == 0
-    return params.plain and not needs_logits
+    return params.plain and request.form is None and not needs_logits
+
+
+def _in_form(chunk: Chunk, drafts: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a chunk's drafts, up to the first that its request's form does not allow."""
+    request = chunk.sequence.request
+    return drafts if request.form is None else drafts[: request.form.allowed(request.tokens, drafts)]
 
 
 def _row(chunk: Chunk) -> Row:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama.engine.sampling import adjust, sample, uniform
+from llama.engine.sampling import adjust, forbid, sample, uniform
 from llama.kernels.sample import greedy
 from llama.request import Request
 
@@ -18,6 +18,15 @@ class Place:
     request: Request
     key: bytes  # of the request's noise
     drafts: tuple[int, ...] = ()
+    banned: Tensor | None = None  # (V,) bool: the tokens that the request's form does not allow here
+
+    @classmethod
+    def of(cls, request: Request, key: bytes, drafts: tuple[int, ...] = ()) -> "Place":
+        """With what the request's form does not allow there, which takes a while."""
+        form = request.form
+        return cls(
+            request, key, drafts, None if form is None else torch.from_numpy(form.banned(request.tokens, drafts))
+        )
 
     @property
     def completion(self) -> list[int]:
@@ -31,19 +40,20 @@ class Place:
 def next_tokens(places: Sequence[Place], logits: Tensor, best: list[int]) -> Iterable[int | None]:
     """The token at each place, from logits (R, V), `best` the largest of each; None where all are forbidden."""
     all_greedy = all(place.request.params.temperature == 0 for place in places)
-    changed = [row for row, place in enumerate(places) if not place.request.params.plain]
-    if not changed:
+    if all(place.request.params.plain and place.banned is None for place in places):
         return best if all_greedy else _sample(places, logits)
     logits = logits.clone()
-    for row in changed:
-        request = places[row].request
-        logits[row] = adjust(
-            logits[row], request.params, request.prompt, places[row].completion, request.stop_tokens
-        )  # fmt: skip
-    empty = logits.amax(-1) == -torch.inf
-    logits.masked_fill_(empty[:, None], 0)
+    for row, place in zip(logits, places, strict=True):
+        request = place.request
+        if not request.params.plain:
+            row.copy_(adjust(row, request.params, request.prompt, place.completion, request.stop_tokens))
+        if place.banned is not None:
+            forbid(row, place.banned)
+    empty = (logits.amax(-1) == -torch.inf).tolist()
+    if any(empty):
+        logits[empty] = 0
     tokens = greedy(logits)[0] if all_greedy else _sample(places, logits)
-    return [None if none else token for none, token in zip(empty.tolist(), tokens, strict=True)]
+    return [None if none else token for none, token in zip(empty, tokens, strict=True)]
 
 
 def _sample(places: Sequence[Place], logits: Tensor) -> list[int]:

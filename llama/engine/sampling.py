@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -135,8 +136,23 @@ def adjust(
     return logits
 
 
+def forbid(logits: Tensor, banned: Tensor) -> None:
+    """Write -inf into a row of logits (V,) where `banned` (V,), a bool tensor on a CPU, is true."""
+    if logits.device.type == "cpu":
+        numpy.copyto(logits.numpy(), -numpy.inf, where=banned.numpy())  # several times as fast as `masked_fill_`
+    else:
+        logits.masked_fill_(banned.to(logits.device), -torch.inf)
+
+
 def no_token(request: Request) -> ParameterError:
     """The error of a request that forbids every token somewhere."""
+    if request.form and request.form.fault:
+        return ParameterError(f"{request.name}: {request.form.fault}")
+    if request.params.form:
+        return ParameterError(
+            f"{request.name}: its {request.params.form[0]} with its logit_bias, bad_words and min_gen_len forbids every"
+            " token at some place: allow one"
+        )
     return ParameterError(
         f"{request.name}: its logit_bias, bad_words and min_gen_len forbid every token at some place: allow one"
     )

@@ -466,3 +466,17 @@ def test_nothing_waits_inside_the_loop(build: Callable[..., Llama], small: dict)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(0 <= token < small["vocab_size"] for read in launched for token in read())
+
+
+def test_texts_of_a_form_are_chosen_on_the_host(looped: Callable[..., Llama], build: Callable[..., Llama]) -> None:
+    """Beside free ones too, which the device goes on with when they are alone."""
+    pytest.importorskip("llguidance")
+    free, formed = (
+        SamplingParams(temperature=0, max_gen_len=n, regex=regex) for n, regex in ((12, None), (6, "[ab]+c"))
+    )
+    llama, params = looped(), [free, formed]
+    results = llama.text_completion(["once", "twice"], params=params)
+    expected = build().text_completion(["once", "twice"], params=params)
+    assert [r["generation"] for r in results] == [r["generation"] for r in expected]
+    assert set(results[1]["generation"]) <= set("abc")
+    assert "load 2" in llama.engine.loop.noted and any(note.startswith("launch") for note in llama.engine.loop.noted)

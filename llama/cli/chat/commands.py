@@ -159,10 +159,12 @@ def _set(talk: Talk, argument: str) -> Reply:
 
 
 def _value(name: str, text: str) -> Any:
-    """A value as it is typed: JSON, or none, true, false in any case; a single stop string needs no quotes."""
+    """A value as it is typed: JSON, or none, true, false in any case; what takes texts takes one without quotes."""
     if text.lower() in _WORDS and name != "stop":
         return _WORDS[text.lower()]
-    if name == "stop" and not text.startswith(("[", '"')):
+    if name in ("stop", "choices") and not text.startswith(("[", '"')):
+        return text
+    if name in ("regex", "grammar") and not text.startswith('"'):
         return text
     try:
         return json.loads(text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llama import log, parallel
+from llama import grammar, log, parallel
 from llama.chat import Dialog, Message
 from llama.cli.chat.commands import Talk, Turn, respond
 from llama.cli.chat.conversation import Conversation, check_text, excerpt, make_room
@@ -91,6 +91,8 @@ def _keeper(llama: "Llama", state: Talk, path: str) -> Callable[[], str]:
 def _check_params(llama: "Llama", params: SamplingParams) -> None:
     """Raise ParameterError for parameters with which no message could be answered."""
     llama.engine.check(Request([0], params, 0, frozenset(), name="the talk"))
+    if params.form:
+        grammar.check(*params.form)
 
 
 # ----------------------------------------------------------------------------------------------------------- one turn

@@ -166,6 +166,8 @@ VALUES = {
     "stop_token_ids": ("[5, 13]", (5, 13)), "bad_words": ("[[5, 13], [7]]", ((5, 13), (7,))),
     "logit_bias": ('{"5": -2.5}', {5: -2.5}), "seed": ("7", 7), "n": ("2", 2), "num_beams": ("4", 4),
     "length_penalty": ("0.5", 0.5), "logprobs": ("True", True), "top_logprobs": ("3", 3),
+    "json_schema": ('{"type": "object"}', {"type": "object"}), "regex": ("[0-9]+ a", "[0-9]+ a"),
+    "choices": ('["yes", "no"]', ("yes", "no")), "grammar": ("start: A", "start: A"),
 }  # fmt: skip
 
 
