@@ -2,14 +2,13 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from llama import log
@@ -18,15 +17,9 @@ from llama.server import bodies
 from llama.server.answers import Answer
 from llama.server.guard import Guard
 from llama.server.limits import BODIES_BYTES, BODY_BYTES, BODY_SECONDS, READERS
+from llama.server.page import page
 from llama.server.refusals import Refusal
 from llama.server.service import Service
-
-PAGE = Path(__file__).parent / "page.html"
-# All that the page is stands in it: it may run its own script and style, and ask this service alone.
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none';"
-    " form-action 'none'; frame-ancestors 'none'"
-)
 
 
 def make_app(service: Service, key: str | None, host: str) -> Starlette:
@@ -54,6 +47,7 @@ class _Routes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._page = page()
         self._readers = ThreadPoolExecutor(READERS, "reader")
         self._reading = 0  # bytes of bodies
 
@@ -119,10 +113,7 @@ class _Routes:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def page(self, request: Request) -> Response:
-        if not PAGE.exists():
-            raise Refusal(404, f"there is nothing here: ask {CHAT} or {COMPLETIONS}")
-        headers = {"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer"}
-        return FileResponse(PAGE, media_type="text/html; charset=utf-8", headers=headers)
+        return self._page
 
 
 async def _refused(request: Request, refusal: Refusal) -> Response:
