@@ -28,6 +28,7 @@ for name in ("LLAMA_CKPT_DIR", "LLAMA_TOKENIZER_PATH"):  # or a command that nam
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported by anyone
 
+from browsers import browser  # noqa: E402, F401  # a fixture
 from checkpoints import SMALL, random_weights, save  # noqa: E402
 from near_ties import refuse_near_ties  # noqa: E402
 

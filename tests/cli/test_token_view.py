@@ -3,15 +3,14 @@
 import json
 import math
 import re
-import shutil
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html.parser import HTMLParser
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsers import forget_logs, point_at, resize
 
 from llama import Llama, SamplingParams
 from llama.chat import REFUSAL
@@ -256,41 +255,14 @@ def test_what_the_demo_writes(demo: Llama) -> None:
 # -------------------------------------------------------------------------------------------------------------- browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium without a window, driven by the system's chromedriver, so that nothing is downloaded."""
-    lacking = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
-    lacking += [] if find_spec("selenium") else ["selenium"]
-    if lacking:
-        pytest.skip(f"no {', '.join(lacking)}: apt-get install chromium chromium-driver, pip install selenium")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
 def opened(browser: Any, folder: Path, document: str, width: int = 1000, height: int = 700) -> list[Any]:
     """The tokens of a page in a window of that size."""
     path = folder / "page.html"
     path.write_text(document, encoding="utf-8")
-    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    for log in ("performance", "browser"):
-        browser.get_log(log)  # what came before is forgotten
+    resize(browser, width, height)
+    forget_logs(browser)
     browser.get(path.as_uri())
     return browser.find_elements("class name", "token")
-
-
-def point_at(browser: Any, token: Any) -> None:
-    from selenium.webdriver import ActionChains
-
-    ActionChains(browser, duration=0).move_to_element(token).perform()
 
 
 def tips(browser: Any) -> list[Any]:

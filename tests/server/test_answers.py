@@ -137,8 +137,24 @@ def test_openais_own_client(served: Service) -> None:
         assert missing.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError, match="temperature=9e"):
             client.chat.completions.create(model="demo", messages=DIALOG, temperature=9e99)
-        with pytest.raises(openai.BadRequestError, match=r"body\.response_format"):
-            client.chat.completions.create(model="demo", messages=DIALOG, response_format={"type": "json_object"})
+        with pytest.raises(openai.BadRequestError, match="response_format"):
+            client.chat.completions.create(model="demo", messages=DIALOG, response_format={"type": "xml"})
+
+
+def test_a_form_is_kept(served: Service) -> None:
+    pytest.importorskip("llguidance", reason="no llguidance: pip install llguidance")
+    schema = {"type": "object", "properties": {"sound": {"enum": ["woof", "meow"]}}, "required": ["sound"],
+              "additionalProperties": False}  # fmt: skip
+    asked = {"type": "json_schema", "json_schema": {"name": "sound", "schema": schema}}
+    with openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(model="demo", messages=DIALOG, temperature=0, response_format=asked)
+        assert json.loads(answer.choices[0].message.content)["sound"] in ("woof", "meow")
+        choice = {"guided_choice": ["moo", "woof"]}
+        one = client.completions.create(model="demo", prompt="A dog says", extra_body=choice)
+        assert one.choices[0].text in ("moo", "woof")
+        asked["json_schema"]["schema"] = {"type": "no such type"}
+        with pytest.raises(openai.BadRequestError, match="json_schema cannot be followed"):
+            client.chat.completions.create(model="demo", messages=DIALOG, response_format=asked)
 
 
 def test_openais_client_many_times_at_once(served: Service) -> None:
