@@ -26,9 +26,9 @@ from llama.jobs import Job, answer, completion, infilled, prediction
 from llama.loading import chosen, load, speculation
 from llama.model.transformer import Transformer
 from llama.options import RunOptions, check_seed
-from llama.output import Output
+from llama.output import Output, score_of
 from llama.paths import check_writable, expanded
-from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction, Score
+from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction, Score, TokenScores
 from llama.request import (
     LOGPROBS,
     TEMPERATURE,
@@ -46,6 +46,7 @@ from llama.request import (
 )
 from llama.tokenizer import BaseTokenizer
 from llama.turns import Call, Stream, Turns
+from llama.windows import Windows, bits_per_byte
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -238,7 +239,7 @@ class Llama:
 
     def run_each(
         self,
-        prompts: Sequence[str | Dialog | Infilling],
+        prompts: Sequence[str | Prompt | Dialog | Infilling],
         params: Params,
         *,
         on_text: OnText | None = None,
@@ -246,7 +247,8 @@ class Llama:
     ) -> Iterator[Ended[CompletionPrediction | ChatPrediction | InfillingPrediction]]:
         """Complete texts, answer dialogs and fill gaps; yields (index, prediction) in the order in which they finish.
 
-        A prompt that cannot be run, or fails, yields its error instead. Closing the iterator ends the rest.
+        A text may be a `Prompt`, with its tokens. A prompt that cannot be run, or fails, yields its error instead.
+        Closing the iterator ends the rest.
         """
         read = partial(self._any, allow_special_tags)
         jobs = self._jobs_or_errors(prompts, params_for(len(prompts), params, {}), read)
@@ -276,17 +278,38 @@ class Llama:
         listed = params_for(1, params, _keywords(temperature, top_p, max_gen_len, None, more))
         return self._pieces(self._jobs([dialog], listed, "dialog", partial(self._dialog, allow_special_tags))[0])
 
-    def score(self, texts: Sequence[str], *, top_logprobs: int = 0) -> list[Score]:
-        """The log-probability of every token of each text, without generating, in memory that does not grow with it."""
-        _check_list(texts)
-        listed = [_scoring(top_logprobs)] * len(texts)
-        return self._finish(self._jobs(texts, listed, "text", self._text, score=True), _score)
+    def score(
+        self, texts: Sequence[str], *, top_logprobs: int = 0, stride: int | None = None, context: int | None = None
+    ) -> list[Score]:
+        """The log-probability of every token of each text, without generating, in memory that does not grow with it.
 
-    def score_each(self, texts: Sequence[str], *, top_logprobs: int = 0) -> list[Score | LlamaError]:
+        With `stride` or `context` a text may be of any length: it is read in windows of `context` tokens (left out:
+        max_seq_len), each `stride` tokens (left out: half a window) behind the one before it (see `Windows`).
+        """
+        _check_list(texts)
+        windows = Windows.of(stride, context, self.engine.max_seq_len)
+        jobs = self._scoring_jobs(texts, [f"text {index}" for index in range(len(texts))], windows, top_logprobs)
+        if wrong := next((job.rejection for own in jobs for job in own if job.rejection), None):
+            raise wrong
+        return _raised(self._scored(texts, jobs, windows))
+
+    def score_each(
+        self, texts: Sequence[str], *, top_logprobs: int = 0, stride: int | None = None, context: int | None = None
+    ) -> list[Score | LlamaError]:
         """As `score`, with its error in the place of a text that cannot be scored."""
-        listed = [_scoring(top_logprobs)] * len(texts)
-        jobs = self._jobs_or_errors(texts, listed, lambda text: (self._text(text, "the text"), "the text"), score=True)
-        return self._collect(jobs, _score)
+        windows = Windows.of(stride, context, self.engine.max_seq_len)
+        jobs = self._scoring_jobs(texts, ["the text"] * len(texts), windows, top_logprobs)
+        return self._scored(texts, jobs, windows)
+
+    def score_tokens(self, prompts: Sequence[Prompt]) -> Iterator[Ended[TokenScores]]:
+        """The log-probabilities of each prompt's tokens from its place `scored_from` on; yields (index, scores) in the
+        order in which they end.
+
+        Each has one token more than `scored_from`, or more, and at most max_seq_len + 1: the last is not read. The
+        beginning of a prompt that another has, up to what is scored, is computed once.
+        """
+        jobs = self._jobs_or_errors(prompts, [_scoring(0)] * len(prompts), partial(self._any, False), score=True)
+        return self._each(jobs, _token_scores)
 
     def save_prefix(self, prompt: str | Dialog | Infilling | Sequence[int], path: str | os.PathLike[str]) -> list[int]:
         """Write the KV cache of a text, a dialog, a gap or a list of tokens to a file; returns its tokens.
@@ -338,6 +361,39 @@ class Llama:
         self.chat.check(dialog, "the dialog")
         return self.chat.prompt(dialog)
 
+    def _scoring_jobs(
+        self, texts: Sequence[str], names: Sequence[str], windows: Windows | None, top_logprobs: int
+    ) -> list[list[Job]]:
+        """For each text a job for each of its windows, or one with its error."""
+        params, made, count = _scoring(top_logprobs), [], 0
+        for text, name in zip(texts, names, strict=True):
+            try:
+                whole = self._text(text, name)
+                parts = windows.over(whole.tokens) if windows else [whole]
+                own = [self._job(count + n, part, params, name, score=True) for n, part in enumerate(parts)]
+            except LlamaError as error:
+                own = [Job(params, count, rejection=error)]
+            made.append(own)
+            count += len(own)
+        return made
+
+    def _scored(
+        self, texts: Sequence[str], jobs: list[list[Job]], windows: Windows | None
+    ) -> list[Score | LlamaError]:
+        """Run the jobs of each text to their end, all together."""
+        ended = iter(self._collect([job for own in jobs for job in own], lambda job: job.samples[0].request))
+        scores: list[Score | LlamaError] = []
+        for text, own in zip(texts, jobs, strict=True):
+            parts = [next(ended) for _ in own]
+            if error := next((part for part in parts if isinstance(part, LlamaError)), None):
+                scores.append(error)
+                continue
+            score = score_of([part for part in parts if isinstance(part, Request)], self.tokenizer)
+            if windows:
+                score["bits_per_byte"] = bits_per_byte(score["logprobs"], text)
+            scores.append(score)
+        return scores
+
     def _prefix_tokens(self, prompt: str | Dialog | Infilling | Sequence[int]) -> list[int]:
         if isinstance(prompt, str | Infilling):
             return self.prompt_tokens(prompt)
@@ -371,12 +427,7 @@ class Llama:
 
     def _finish(self, jobs: list[Job], result: Callable[[Job], T], on_text: OnText | None = None) -> list[T]:
         """Run jobs to their end; their results, or the first error is raised."""
-        results: list[T] = []
-        for one in self._collect(jobs, result, on_text):
-            if isinstance(one, LlamaError):
-                raise one
-            results.append(one)
-        return results
+        return _raised(self._collect(jobs, result, on_text))
 
     def _pieces(self, job: Job) -> Iterator[str]:
         """Run one job; yields the text of its first sample as it is decided, and raises the error at the end."""
@@ -396,12 +447,12 @@ class Llama:
 
     def _jobs(
         self, prompts: Sequence[P], params: list[SamplingParams], kind: str,
-        read: Callable[[P, str], Prompt | None], *, echo: bool = False, score: bool = False,
+        read: Callable[[P, str], Prompt | None], *, echo: bool = False,
     ) -> list[Job]:  # fmt: skip
         """A job for each prompt. Raises what is wrong with the first bad one, called `kind` and its index."""
         read_prompts = [read(prompt, f"{kind} {index}") for index, prompt in enumerate(prompts)]
         return [
-            self._job(index, one, own, f"{kind} {index}", echo=echo, score=score)
+            self._job(index, one, own, f"{kind} {index}", echo=echo)
             for index, (one, own) in enumerate(zip(read_prompts, params, strict=True))
         ]
 
@@ -433,7 +484,7 @@ class Llama:
             request = Request(
                 prompt.tokens, params, derive_seed(seed, sample) if sample else seed, stop_tokens,
                 prompt_logprobs=score or (echo and (params.logprobs or params.top_logprobs > 0)),
-                name=name,
+                scored_from=prompt.scored_from, name=name,
             )  # fmt: skip
             self.engine.check(request)
             if params.form:
@@ -456,7 +507,9 @@ class Llama:
             return None
         return Prompt(self.chat.prompt(dialog).tokens, self.chat.end_ids)
 
-    def _any(self, allow_special_tags: bool, prompt: str | Dialog | Infilling) -> tuple[Prompt | None, str]:
+    def _any(self, allow_special_tags: bool, prompt: str | Prompt | Dialog | Infilling) -> tuple[Prompt | None, str]:
+        if isinstance(prompt, Prompt):
+            return prompt, "the prompt"
         if isinstance(prompt, Infilling):
             return self._infilling(prompt, "the prompt"), "the prompt"
         if isinstance(prompt, str):
@@ -484,8 +537,21 @@ def _scoring(top_logprobs: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_gen_len=0, top_logprobs=top_logprobs)
 
 
-def _score(job: Job) -> Score:
-    return job.samples[0].score()
+def _token_scores(job: Job) -> TokenScores:
+    request = job.samples[0].request
+    scored = slice(request.scored_from, None)
+    logprobs = [logprob for logprob in request.scores[scored] if logprob is not None]
+    return TokenScores(logprobs, request.best[scored] == request.prompt[scored])
+
+
+def _raised(results: Sequence[T | LlamaError]) -> list[T]:
+    """The results; the first error among them is raised."""
+    found: list[T] = []
+    for one in results:
+        if isinstance(one, LlamaError):
+            raise one
+        found.append(one)
+    return found
 
 
 def _check_list(prompts: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from llama.errors import LlamaError
 from llama.infilling import Infilling
 from llama.output import Output
 from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction
-from llama.request import SamplingParams
+from llama.request import Prompt, SamplingParams
 
 P = TypeVar("P", CompletionPrediction, ChatPrediction, InfillingPrediction)
 
@@ -37,12 +37,12 @@ class Job:
 
 
 def prediction(
-    job: Job, prompt: str | Dialog | Infilling
+    job: Job, prompt: str | Prompt | Dialog | Infilling
 ) -> CompletionPrediction | ChatPrediction | InfillingPrediction:
     """What came of a text, a dialog or a gap."""
     if isinstance(prompt, Infilling):
         return infilled(job, prompt)
-    return completion(job) if isinstance(prompt, str) else answer(job)
+    return completion(job) if isinstance(prompt, str | Prompt) else answer(job)
 
 
 def completion(job: Job) -> CompletionPrediction:

@@ -1,6 +1,7 @@
 """`Output`: the text of one request while it is generated, and what callers get of it beside the text."""
 
 import math
+from collections.abc import Sequence
 from queue import SimpleQueue
 
 from llama.engine.engine import Engine
@@ -113,18 +114,25 @@ class Output:
             "time": request.finished - request.added,
         }
 
-    def score(self) -> Score:
-        request, tokenizer = self.request, self._tokenizer
-        known = [score for score in request.scores if score is not None]
-        return {
-            "tokens": request.prompt,
-            "pieces": tokenizer.pieces(request.prompt),
-            "logprobs": request.scores,
-            "top_logprobs": [_named(top, tokenizer) if top else None for top in request.top_scores]
-            if request.params.top_logprobs
-            else None,
-            "perplexity": math.exp(-sum(known) / len(known)) if known else None,
-        }
+
+def score_of(windows: Sequence[Request], tokenizer: BaseTokenizer) -> Score:
+    """The score of a text from the requests for its windows, of which a short text has one."""
+    tokens, logprobs = windows[0].prompt[:1], windows[0].scores[:1]
+    tops = windows[0].top_scores[:1]
+    for window in windows:
+        tokens = tokens + window.prompt[window.scored_from :]
+        logprobs = logprobs + window.scores[window.scored_from :]
+        tops = tops + window.top_scores[window.scored_from :]
+    known = [score for score in logprobs if score is not None]
+    return {
+        "tokens": tokens,
+        "pieces": tokenizer.pieces(tokens),
+        "logprobs": logprobs,
+        "top_logprobs": [_named(top, tokenizer) if top else None for top in tops]
+        if windows[0].params.top_logprobs
+        else None,
+        "perplexity": math.exp(-sum(known) / len(known)) if known else None,
+    }
 
 
 News = tuple[Output, bool]  # one that has changed, and whether it has ended

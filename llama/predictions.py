@@ -1,7 +1,9 @@
 """What callers get: the dicts of completions, answers and scores."""
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
+
+from typing_extensions import NotRequired
 
 from llama.chat import Message
 from llama.request import FinishReason
@@ -48,13 +50,24 @@ class ChatPrediction(Result, total=False):
 
 
 class Score(TypedDict):
-    """A text's tokens and log p(token t | tokens before t), the first None; perplexity is None for a lone token."""
+    """A text's tokens and log p(token t | tokens before t), the first None; perplexity is None for a lone token.
+
+    `bits_per_byte` is there where a text was scored by windows; None for an empty text.
+    """
 
     tokens: list[int]
     pieces: list[str]
     logprobs: list[float | None]
     top_logprobs: list[list[TopLogprob] | None] | None
     perplexity: float | None
+    bits_per_byte: NotRequired[float | None]
+
+
+class TokenScores(NamedTuple):
+    """Log p of each token that was asked for, and whether each is the most probable one in its place."""
+
+    logprobs: list[float]
+    is_greedy: bool
 
 
 def samples_of(prediction: Mapping[str, Any]) -> list[Any]:

@@ -209,11 +209,12 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What a model reads, the tokens that end its completion beside the model's own, and whether it ends `inside` a
-    text: then what comes next keeps its first space."""
+    text: then what comes next keeps its first space. Where it is scored, its tokens from place `scored_from` on are."""
 
     tokens: list[int]
     end_ids: frozenset[int] = frozenset()
     inside: bool = False
+    scored_from: int = 1
 
 
 @dataclass(slots=True)
@@ -243,7 +244,8 @@ class Counts:
 class Request:
     """One prompt on its way through the engine: its progress is written here by the engine alone.
 
-    `prompt_logprobs` asks for the log-probability of each prompt token; place 0, which nothing precedes, is None.
+    `prompt_logprobs` asks for the log-probability of each prompt token from place `scored_from` on; places before it
+    are None. What is scored and generates nothing (`max_gen_len` 0) needs no step for its last token.
     """
 
     prompt: list[int]
@@ -252,11 +254,13 @@ class Request:
     stop_tokens: frozenset[int]
     form: Form | None = None  # what the completion must be
     prompt_logprobs: bool = False
+    scored_from: int = 1  # or later: nothing precedes place 0
     name: str = "prompt"  # how errors call it, such as "prompt 3"
     tokens: list[int] = field(default_factory=list)  # of the completion so far, without the end token
     logprobs: list[float] = field(default_factory=list)  # one for each of them, where asked
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     scores: list[float | None] = field(default_factory=list)  # one for each prompt token, where asked
+    best: list[int | None] = field(default_factory=list)  # the most probable token in the place of each of them
     top_scores: list[dict[int, float] | None] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
     finish_reason: FinishReason | None = None
@@ -264,6 +268,16 @@ class Request:
     added: float = 0.0  # clock times, in seconds
     first_token: float | None = None
     finished: float | None = None
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether its prompt is scored and nothing comes after it."""
+        return self.prompt_logprobs and self.params.max_gen_len == 0
+
+    @property
+    def computed(self) -> list[int]:
+        """The prompt tokens that steps are taken for."""
+        return self.prompt[:-1] if self.is_read_only and len(self.prompt) > 1 else list(self.prompt)
 
 
 def derive_seed(seed: int, counter: int) -> int:

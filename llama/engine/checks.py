@@ -28,7 +28,7 @@ def _check_prompt(request: Request, vocab_size: int, max_seq_len: int) -> None:
         wrong = next(t for t in prompt if type(t) is not int or not 0 <= t < vocab_size)
         raise PromptError(f"{name} has token {wrong!r}: expected ids from 0 to {vocab_size - 1}")
     generates = request.params.max_gen_len != 0
-    if len(prompt) + generates > max_seq_len:
+    if len(request.computed) + generates > max_seq_len:
         problem = "which leaves no room to generate within" if generates else "more than"
         raise PromptError(
             f"{name} has {len(prompt)} tokens, {problem} max_seq_len={max_seq_len}: shorten it, or build with a larger"

@@ -83,7 +83,8 @@ class Engine:
         if request.params.num_beams > 1:
             self._searches.append(request)
             return
-        sequence = Sequence(request, list(request.prompt), reusable=not request.prompt_logprobs)
+        reusable = request.scored_from - 1 if request.prompt_logprobs else None
+        sequence = Sequence(request, request.computed, reusable)
         self._sequences[request] = sequence
         self._noise[request] = noise_key(request.seed, request.prompt)
         self.scheduler.add(sequence)
@@ -271,8 +272,9 @@ class Engine:
                 self._fail(chunk.sequence)
                 progressed.append(request)
                 continue
-            if request.prompt_logprobs:
-                _score(request, positions, logits[chunk_rows.start : chunk_rows.stop])
+            if request.prompt_logprobs and positions:
+                rows_of = slice(chunk_rows.start, chunk_rows.stop)
+                _score(request, positions, best[rows_of], logits[rows_of])
             if not chunk.reaches_end:
                 continue
             progressed.append(request)
@@ -370,12 +372,13 @@ def _row(chunk: Chunk) -> Row:
 
 
 def _wanted_rows(chunk: Chunk) -> range:
-    """The positions of a chunk whose logits are needed: all of a scored prompt's, else the last if it decides.
+    """The positions of a chunk whose logits are needed: all before a scored token, else the last if it decides.
 
     Those of its drafts are always needed.
     """
-    if chunk.sequence.request.prompt_logprobs:
-        return range(chunk.start, chunk.stop)
+    request = chunk.sequence.request
+    if request.prompt_logprobs:
+        return range(min(max(chunk.start, request.scored_from - 1), chunk.stop), chunk.stop)
     return range(chunk.stop - 1, chunk.stop) if chunk.reaches_end else range(0)
 
 
@@ -390,19 +393,22 @@ def _pack(chunks: list[Chunk], wanted: list[range], device: torch.device) -> Ste
     return Step.pack(parts, rows, device)
 
 
-def _score(request: Request, positions: range, logits: Tensor) -> None:
-    """Note log p(prompt token t | before t) for the tokens after `positions`, from their rows of logits."""
-    if not request.scores:
-        request.scores.append(None)
-        request.top_scores.append(None)
-    for scores in (request.scores, request.top_scores):
-        del scores[positions.start + 1 :]  # of a step that was interrupted after it had noted them
+def _score(request: Request, positions: range, best: list[int], logits: Tensor) -> None:
+    """Note log p(prompt token t | before t) for the tokens after `positions`, from their rows of logits.
+
+    `best` are the largest of each row.
+    """
+    for noted in (request.scores, request.top_scores, request.best):
+        if not noted:
+            noted += [None] * request.scored_from
+        del noted[positions.start + 1 :]  # of a step that was interrupted after it had noted them
     targets = request.prompt[positions.start + 1 : positions.stop + 1]
     if not targets:
         return
     logprobs = torch.log_softmax(logits[: len(targets)], dim=-1)
     ids = torch.tensor(targets, device=logits.device)
     request.scores += logprobs.gather(1, ids[:, None])[:, 0].tolist()
+    request.best += best[: len(targets)]
     if request.params.top_logprobs:
         request.top_scores += top_logprobs(logprobs, request.params.top_logprobs)
 

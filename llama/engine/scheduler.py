@@ -17,7 +17,7 @@ class Sequence:
 
     request: Request
     tokens: list[int]
-    reusable: bool = True  # whether it may start from a cached prefix; not where every prompt logit is wanted
+    reusable: int | None = None  # how many may come from a cached prefix (None: all but the last), as logits do not
     cached: int = 0
     slot: int | None = None
     waits_for: tuple["Sequence", int] | None = None  # a running sequence, and how many tokens it is to cache first
@@ -161,7 +161,9 @@ class Scheduler:
             if other.slot is not None and other.cached < n:
                 return False
             sequence.waits_for = None
-        limit = len(sequence.tokens) - 1 if sequence.reusable else 0
+        limit = len(sequence.tokens) - 1
+        if sequence.reusable is not None:
+            limit = min(limit, sequence.reusable)
         here, slot = self._best_free(sequence.tokens, limit)
         busy = self._best_running(sequence.tokens, limit)
         if busy and busy[0] >= here + WORTH:

@@ -11,7 +11,7 @@ from llama.request import Request, SamplingParams
 
 
 def sequence(tokens: list[int], reusable: bool = True) -> Sequence:
-    return Sequence(Request(tokens, SamplingParams(), 0, frozenset()), list(tokens), reusable)
+    return Sequence(Request(tokens, SamplingParams(), 0, frozenset()), list(tokens), None if reusable else 0)
 
 
 class Simulation:
