@@ -15,16 +15,18 @@ class Windows:
     context: int
 
     @classmethod
-    def of(cls, stride: int | None, context: int | None, max_seq_len: int) -> "Windows | None":
-        """None where neither is given. Left out, `context` is max_seq_len, and `stride` half of it.
+    def of(
+        cls, stride: int | None, context: int | None, max_seq_len: int, *, always: bool = False
+    ) -> "Windows | None":
+        """None where neither is given, unless `always`. Left out, `context` is max_seq_len, and `stride` half of it.
 
         Raises ParameterError.
         """
-        if stride is None and context is None:
+        if stride is None and context is None and not always:
             return None
-        context = max_seq_len if context is None else _whole("context", context, 2, max_seq_len, "max_seq_len")
-        stride = context // 2 if stride is None else _whole("stride", stride, 1, context - 1, "context - 1")
-        return cls(max(stride, 1), context)
+        context = _whole("context", max_seq_len if context is None else context, 2, max_seq_len, "max_seq_len")
+        stride = _whole("stride", context // 2 if stride is None else stride, 1, context - 1, "context - 1")
+        return cls(stride, context)
 
     def over(self, tokens: list[int]) -> list[Prompt]:
         """The windows of a text, in each of which those tokens are scored that no earlier one has.
@@ -49,5 +51,5 @@ def bits_per_byte(logprobs: list[float | None], text: str) -> float | None:
 
 def _whole(name: str, value: int, low: int, high: int, limit: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ParameterError(f"{name}={value!r} is out of range: expected an integer from {low} to {limit}={high}")
+        raise ParameterError(f"{name}={value!r} is out of range: expected an integer from {low} to {high} ({limit})")
     return value

@@ -11,7 +11,7 @@ from conftest import ROOT
 # From the top. A room is a package or a file of `llama/`; those of one line do not know each other.
 FLOORS = (
     ("__main__",),
-    ("cli",),
+    ("cli", "integrations"),
     ("batch", "bench", "server"),
     ("generation",),
     ("loading", "turns", "jobs", "prompt_cache"),
@@ -21,7 +21,7 @@ FLOORS = (
     ("kernels", "options"),
     ("device", "quantization"),
     ("text",),
-    ("parallel", "chat", "infilling", "progress"),
+    ("parallel", "chat", "infilling", "progress", "windows"),
     ("request", "interrupts", "gguf"),
     ("grammar",),
     ("tokenizer",),
@@ -41,7 +41,7 @@ WITHOUT_TORCH = {
     "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
     "errors", "wording", "log", "script", "gate", "checkpoint.find", "openai",
     "text", "text.json_tokenizer", "text.tokenizer_files", "text.template", "text.chat_files", "text.gguf_tokenizer",
-    "text.step_chat", "gguf", "infilling", "grammar", "response_format",
+    "text.step_chat", "gguf", "infilling", "grammar", "response_format", "windows",
 }  # fmt: skip
 
 

@@ -57,6 +57,15 @@ def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
         raise PromptError(f"prompts file {path} cannot be read: {error.strerror}") from None
 
 
+def whole_file(path: str) -> bytes:
+    """All of a file, or of the standard input ("-")."""
+    try:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+            return file.read().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise PromptError(f"prompts file {path} cannot be read: {error.strerror}") from None
+
+
 def read_line(number: int, data: bytes, file_format: Format, defaults: SamplingParams, seed: int) -> Line:
     """What one line asks for, with the sampling fields it sets; its noise comes from `seed` and its number.
 

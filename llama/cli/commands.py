@@ -179,31 +179,39 @@ def serve(*, service: dict[str, Any], model: dict[str, Any]) -> None:
 
 @with_flags(model=SCORING_MODEL)
 def score(
-    file: FilePath, *, format: str | None = None, json: bool = False, top_logprobs: int = 0,
-    model: dict[str, Any],
+    file: FilePath, *, format: str | None = None, whole: bool = False, stride: int | None = None,
+    context: int | None = None, json: bool = False, top_logprobs: int = 0, model: dict[str, Any],
 ) -> None:  # fmt: skip
     """Print the perplexity of every text of a file, without generating.
 
-    Exit code 1: some texts could not be scored.
+    With --stride, --context or --whole texts may be of any length: they are read in windows that overlap, and each
+    token is scored once. Exit code 1: some texts could not be scored.
 
     Args:
         file: a text a line, or JSON lines with strings or {"text": …}; - is the standard input.
         format: text or jsonl; if left out, jsonl for files named .jsonl or .ndjson, else text.
+        whole: take the file as one text.
+        stride: how many tokens a window begins behind the one before it; half a window if left out.
+        context: how many tokens a window has; max_seq_len if left out.
         json: print one JSON object per text, with the log-probability of each token.
         top_logprobs: with --json, show so many of the most probable tokens at each place.
     """
     from llama.batch.lines import choose_format
     from llama.cli.score import Total, heading, opened, row, scores
+    from llama.windows import Windows
 
     if top_logprobs and not json:
         raise ParameterError(f"top_logprobs={top_logprobs!r} is shown in JSON alone: add --json")
-    kind = choose_format(file, format)
-    lines = opened(file) if is_first() else iter(())
+    if whole and format is not None:
+        raise ParameterError(f"format={format!r} with --whole, which takes a file as one text: leave one of them out")
+    kind = "text" if whole else choose_format(file, format)
+    windows = Windows.of(stride, context, model["max_seq_len"], always=whole)
+    lines = opened(file, whole) if is_first() else iter(())
     llama = build(model, AT_ONCE)
     total = Total()
     if is_first() and not json:
         show(heading())
-    for result in scores(llama, lines, kind, top_logprobs):
+    for result in scores(llama, lines, kind, top_logprobs, windows):
         total.add(result)
         if is_first():
             print(json_line(result) if json else row(result), flush=True)

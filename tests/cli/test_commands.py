@@ -324,6 +324,19 @@ def test_score_gives_the_library_s_numbers_as_json(here: Callable[..., Ended], d
     assert good == {"line": 1, "text": "Once upon a time", **demo.score(["Once upon a time"], top_logprobs=2)[0]}
 
 
+def test_score_takes_a_file_as_one_text(here: Callable[..., Ended], demo: Llama) -> None:
+    """Of any length, by windows."""
+    text = "Once upon a time there was a small fox named Tom.\n" * 60
+    words = ["score", "-", "--whole", "--json", *LIKE_DEMO[:-2]]
+    code, out, err = here(*words, data=text.encode())
+    expected = demo.score([text], context=512)[0]
+    assert code == 0 and records(out) == [{"line": 1, "text": text, **expected}]
+    last = f"perplexity {expected['perplexity']:.4f}, {expected['bits_per_byte']:.4f} bits per byte"
+    assert err.endswith(f"llama: 1 text, {len(expected['tokens']) - 1} scored tokens, {last}\n")
+    code, out, err = here("score", "-", "--stride=4", "--context=8", *LIKE_DEMO[:-2], data=text[:100].encode())
+    assert code == 0 and out.count("\n") == 3 and "2 texts, " in err and "bits per byte" in err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -333,6 +346,10 @@ def test_score_gives_the_library_s_numbers_as_json(here: Callable[..., Ended], d
         (["a", "b"], "nothing takes 'b' here: llama score --help says what there is to give"),
         (["-", "--format=xml"], "format='xml' is not a format: use text (a prompt a line) or jsonl"),
         (["-", "--top_logprobs=2"], "top_logprobs=2 is shown in JSON alone: add --json"),
+        (["-", "--whole", "--format=text"],
+         "format='text' with --whole, which takes a file as one text: leave one of them out"),
+        (["-", "--context=4096"], "context=4096 is out of range: expected an integer from 2 to 2048 (max_seq_len)"),
+        (["none.txt", "--whole"], "prompts file none.txt cannot be read: No such file or directory"),
     ],
 )
 def test_score_says_first_what_it_cannot_do(here: Callable[..., Ended], words: list[str], said: str) -> None:
