@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from services import Service, httpx, service
+from services import Service, events, httpx, service
 
 from llama import Llama
 
