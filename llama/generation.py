@@ -377,9 +377,7 @@ class Llama:
             count += len(own)
         return made
 
-    def _scored(
-        self, texts: Sequence[str], jobs: list[list[Job]], windows: Windows | None
-    ) -> list[Score | LlamaError]:
+    def _scored(self, texts: Sequence[str], jobs: list[list[Job]], windows: Windows | None) -> list[Score | LlamaError]:
         """Run the jobs of each text to their end, all together."""
         ended = iter(self._collect([job for own in jobs for job in own], lambda job: job.samples[0].request))
         scores: list[Score | LlamaError] = []

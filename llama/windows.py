@@ -15,9 +15,7 @@ class Windows:
     context: int
 
     @classmethod
-    def of(
-        cls, stride: int | None, context: int | None, max_seq_len: int, *, always: bool = False
-    ) -> "Windows | None":
+    def of(cls, stride: int | None, context: int | None, max_seq_len: int, *, always: bool = False) -> "Windows | None":
         """None where neither is given, unless `always`. Left out, `context` is max_seq_len, and `stride` half of it.
 
         Raises ParameterError.

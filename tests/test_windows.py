@@ -96,7 +96,7 @@ def test_scores_of_tokens_begin_where_asked_and_share_what_is_before(
     for n, end in enumerate(ends):
         expected = reference.prompt_logprobs(weights, small, common + end)[-len(end) :]
         assert found[n].logprobs == pytest.approx(expected, abs=1e-4)
-    (_, too_long), = llama.score_tokens([Prompt([1] * 66)])
+    ((_, too_long),) = llama.score_tokens([Prompt([1] * 66)])
     assert isinstance(too_long, PromptError)
 
 

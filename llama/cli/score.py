@@ -60,7 +60,10 @@ def opened(file: str, whole: bool = False) -> Iterator[tuple[int, bytes]]:
 
 
 def scores(
-    llama: "Llama", lines: Iterator[tuple[int, bytes]], file_format: Format, top_logprobs: int,
+    llama: "Llama",
+    lines: Iterator[tuple[int, bytes]],
+    file_format: Format,
+    top_logprobs: int,
     windows: Windows | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A record for every line that is not blank, in order: its score, or its "error".

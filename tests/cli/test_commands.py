@@ -346,8 +346,10 @@ def test_score_takes_a_file_as_one_text(here: Callable[..., Ended], demo: Llama)
         (["a", "b"], "nothing takes 'b' here: llama score --help says what there is to give"),
         (["-", "--format=xml"], "format='xml' is not a format: use text (a prompt a line) or jsonl"),
         (["-", "--top_logprobs=2"], "top_logprobs=2 is shown in JSON alone: add --json"),
-        (["-", "--whole", "--format=text"],
-         "format='text' with --whole, which takes a file as one text: leave one of them out"),
+        (
+            ["-", "--whole", "--format=text"],
+            "format='text' with --whole, which takes a file as one text: leave one of them out",
+        ),
         (["-", "--context=4096"], "context=4096 is out of range: expected an integer from 2 to 2048 (max_seq_len)"),
         (["none.txt", "--whole"], "prompts file none.txt cannot be read: No such file or directory"),
     ],
