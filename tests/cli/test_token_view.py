@@ -1,6 +1,5 @@
 """What is shown of each token: in a terminal, in the page's HTML, and in a browser that opens the page."""
 
-import json
 import math
 import re
 import unicodedata
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsers import forget_logs, point_at, resize
+from browsers import asked, contrast, forget_logs, luminance, point_at, prefer, rectangle, resize
 
 from llama import Llama, SamplingParams
 from llama.chat import REFUSAL
@@ -270,12 +269,6 @@ def tips(browser: Any) -> list[Any]:
     return browser.execute_script("return [...document.querySelectorAll('.tip')].filter(tip => tip.checkVisibility())")
 
 
-def rectangle(browser: Any, element: Any) -> list[float]:
-    """Left, top, right, bottom in the window."""
-    code = "const r = arguments[0].getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]"
-    return browser.execute_script(code, element)
-
-
 def long(words: int, alternatives: int) -> dict[str, Any]:
     """A prediction of so many tokens, each with so many alternatives."""
     return prediction([
@@ -378,9 +371,7 @@ def test_the_browser_runs_and_fetches_nothing(browser: Any, tmp_path: Path) -> N
     assert browser.title == "Tokens and their alternatives"
     assert browser.execute_script("return document.scripts.length + document.images.length") == 0
     assert browser.execute_script("return performance.getEntriesByType('resource')") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert asked == [(tmp_path / "page.html").as_uri()]
+    assert asked(browser) == [(tmp_path / "page.html").as_uri()]
     assert browser.get_log("browser") == []
 
 
@@ -398,8 +389,7 @@ def test_the_page_refuses_scripts_and_requests(browser: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_is_readable_on_every_colour(browser: Any, tmp_path: Path, scheme: str) -> None:
     """A contrast of at least 4.5 (WCAG 2.2, AA), and each colour is another."""
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    prefer(browser, scheme)
     opened(browser, tmp_path, page([("Who?", CAT)]))
     code = """
         return [...document.querySelectorAll(".legend li")].map(li => [getComputedStyle(li).color,
@@ -408,13 +398,5 @@ def test_text_is_readable_on_every_colour(browser: Any, tmp_path: Path, scheme: 
     colours = browser.execute_script(code)
     assert len({background for _, background in colours}) == 5
     for ink, background in colours:
-        low, high = sorted(map(luminance, (ink, background)))
-        assert (high + 0.05) / (low + 0.05) >= 4.5
+        assert contrast(ink, background) >= 4.5
         assert (luminance(ink) < luminance(background)) is (scheme == "light")
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of rgb(…), by WCAG's formula."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
