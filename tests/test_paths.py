@@ -18,7 +18,8 @@ from llama.cli.arguments import arguments, is_path
 from llama.errors import LlamaError, ParameterError
 from llama.paths import check_writable, expanded, kind, read
 
-PATHS = {"ckpt_dir", "tokenizer_path", "html", "file", "output", "out", "source", "infill"}
+PATHS = {"ckpt_dir", "tokenizer_path", "html", "file", "output", "out", "source", "infill", "prompt_cache", "compare",
+         "json_schema", "grammar"}  # fmt: skip
 FLAGS = [
     (name, flag)
     for name, command in commands.COMMANDS.items()
