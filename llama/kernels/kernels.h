@@ -14,6 +14,8 @@
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c")))
 #define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")))
+/* Into the second level of the cache: on their way to the first, lines from memory would keep out those of x. */
+#define FETCH(from) _mm_prefetch((const char *)(from), _MM_HINT_T1)
 #else
 #define X86 0
 #endif

@@ -15,7 +15,7 @@ enum { FEW = 2, MOST_FEW = 16 };                       /* rows of x that are rea
 enum { TALL = 6, AVX2_STREAMS = 3, AVX2_TALL = 4 };    /* a tile's rows of x, and of W and x where there are 16 registers */
 enum { NEAR = 1 << 19 };                               /* bytes of W that stay in the cache for all rows of x */
 enum { MOST_TIMES = 16, LINE = STREAMS * MOST_TIMES }; /* of a strip, and the most sums of it for a row of x */
-enum { AHEAD = 4096, AHEAD_NEAR = 8192 };              /* how far ahead W is fetched, in bytes: at several places, at one */
+enum { AHEAD = 3072, AHEAD_NEAR = 8192 };              /* how far ahead W is fetched, in bytes: at several places, at one */
 
 /* Rows of W that are multiplied one time after the other, some at each time: the s-th of time t begins at byte
    t · step + s · apart of `w`. There are LINE sums for each row of x, those of time t from t · streams on. */
@@ -94,7 +94,7 @@ AVX2 INLINE void avx2_rows(
         for (int64_t i = 0; i < whole; i += 8) {
             __m256 weights[STREAMS];
             for (int s = 0; s < streams; s++) {
-                _mm_prefetch((const char *)w + s * strip->apart + i * size + strip->ahead, _MM_HINT_T0);
+                FETCH(w + s * strip->apart + i * size + strip->ahead);
                 weights[s] = avx2_weights(w + s * strip->apart, stored, i);
             }
             for (int r = 0; r < rows; r++) {
@@ -161,8 +161,7 @@ AVX512 INLINE void avx512_step(
 ) {
     __m512 weights[STREAMS];
     for (int s = 0; s < streams; s++) {
-        if (streams != STREAMS || rows != TALL)
-            _mm_prefetch((const char *)w + s * apart + i * bytes_of(stored) + ahead, _MM_HINT_T0);
+        if (streams != STREAMS || rows != TALL) FETCH(w + s * apart + i * bytes_of(stored) + ahead);
         weights[s] = avx512_weights(w + s * apart, stored, i, there);
     }
     for (int r = 0; r < rows; r++) {
@@ -183,7 +182,7 @@ AVX512_BF16 INLINE void bfloat16_step(
     (void)stored;
     __m512bh weights[STREAMS];
     for (int s = 0; s < streams; s++) {
-        if (streams != STREAMS || rows != TALL) _mm_prefetch((const char *)w + s * apart + i * 2 + ahead, _MM_HINT_T0);
+        if (streams != STREAMS || rows != TALL) FETCH(w + s * apart + i * 2 + ahead);
         weights[s] = bfloat16_pairs((const uint16_t *)(w + s * apart) + i, there);
     }
     for (int r = 0; r < rows; r++) {

@@ -97,7 +97,7 @@ AVX2 INLINE void avx2_half(
     for (int n = 0; n < rows; n++) sum[n] = _mm256_setzero_ps();
     for (int64_t group = 0; group < x->groups; group++, w += group_bytes(format), scales += BLOCK_ROWS) {
         __m256i dot[2];
-        _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+        FETCH(w + 2 * AHEAD);
         for (int n = 0; n < rows; n++) dot[n] = _mm256_setzero_si256();
         for (int k = 0; k < group_bytes(format) / 64; k++) {
             __m256i weights = _mm256_loadu_si256((const __m256i *)(w + k * 64));
@@ -164,7 +164,7 @@ AVX512 INLINE void avx512_rows(
 #pragma GCC unroll 8
             for (int k = 0; k < 8; k++) {
                 if (format == INT8) {
-                    _mm_prefetch((const char *)at + ahead + k * 64, _MM_HINT_T0);
+                    FETCH(at + ahead + k * 64);
                     weights[k] = _mm512_xor_si512(_mm512_loadu_si512(at + k * 64), flip);
                 } else if (k < 4) {
                     _mm_prefetch((const char *)at + ahead + k * 64, _MM_HINT_T0);
