@@ -111,7 +111,8 @@ def refuse_near_ties(llama: Llama) -> None:
             adjust(changed, [place.behind])
             if place.mask is not None:
                 forbid(changed, [0], [place.mask])
-            assert _is_clear(changed[0], request), f"a near-tie after {request.prompt + request.tokens}: ask something else"
+            clear = _is_clear(changed[0], request)
+            assert clear, f"a near-tie after {request.prompt + request.tokens}: ask something else"
         return choose(places, logits, best)
 
     llama.engine._choose = choose_clearly

@@ -278,7 +278,8 @@ def test_rows_are_changed_together_as_each_alone() -> None:
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     every = [
         {"frequency_penalty": 0.1, "presence_penalty": 0.3}, {}, {"repetition_penalty": 1.3, "logit_bias": {3: 1}},
-        {"frequency_penalty": 0.7, "logit_bias": {3: -0.1, 39: -math.inf}, "bad_words": [[4], [7, 5]]}, {"min_gen_len": 9},
+        {"frequency_penalty": 0.7, "logit_bias": {3: -0.1, 39: -math.inf}, "bad_words": [[4], [7, 5]]},
+        {"min_gen_len": 9},
     ]  # fmt: skip
     rows = [Behind(SamplingParams(**one), [1, n, 5], [7, n, 7, 7], frozenset({2})) for n, one in enumerate(every)]
     together, alone = logits.clone(), logits.clone()
