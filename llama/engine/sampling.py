@@ -150,10 +150,14 @@ def forbid(logits: Tensor, rows: list[int], masks: list[NDArray[numpy.uint32]]) 
             numpy.copyto(logits[row].numpy(), -numpy.inf, where=banned)  # several times as fast as `masked_fill_`
         return
     words = torch.from_numpy(numpy.stack(masks).view(numpy.int32)).to(logits.device)
-    bit = torch.arange(32, dtype=torch.int32, device=logits.device)
-    allowed = (words[:, :, None] >> bit & 1).view(len(rows), -1)[:, :vocab].bool()
     at = torch.tensor(rows, device=logits.device)
-    logits[at] = torch.where(allowed, logits[at], -torch.inf)
+    logits[at] = torch.where(_bits(words)[:, :vocab], logits[at], -torch.inf)
+
+
+def _bits(words: Tensor) -> Tensor:
+    """The bits (R, 32 W) of int32 words (R, W), from the lowest of each on, as bools."""
+    bit = torch.arange(32, dtype=torch.int32, device=words.device)
+    return (words[:, :, None] >> bit & 1).flatten(1).bool()
 
 
 def no_token(request: Request) -> ParameterError:

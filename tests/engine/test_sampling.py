@@ -300,6 +300,12 @@ def test_what_a_mask_has_no_bit_of_is_forbidden(device: str) -> None:
     assert [row.nonzero()[:, 0].tolist() for row in logits.cpu() == 0] == [[], allowed[2], list(range(70)), allowed[0]]
 
 
+def test_the_bits_of_words_are_the_same_on_every_device() -> None:
+    words = numpy.array([[1, 0x80000000], [0xFFFFFFFE, 6]], dtype=numpy.uint32)
+    bits = numpy.unpackbits(words.view(numpy.uint8), axis=1, bitorder="little")
+    assert sampling._bits(torch.from_numpy(words.view(numpy.int32))).int().tolist() == bits.tolist()
+
+
 def test_plain_params_change_nothing() -> None:
     assert SamplingParams().plain
     for field in ({"logit_bias": {1: 1.0}}, {"min_gen_len": 1}, {"repetition_penalty": 1.1}, {"bad_words": [[1]]},
