@@ -257,6 +257,10 @@ def _source(name: str, given: Any) -> str:
         raise ParameterError(
             f"{name} needs the package llguidance, which is not here: pip install llguidance"
         ) from None
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ParameterError(f"{name} has half of a surrogate pair, which is no character: give whole ones") from None
     source = _READ[name](given)
     failed, said = LLMatcher.validate_grammar_with_warnings(source)
     if failed:

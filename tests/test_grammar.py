@@ -191,6 +191,8 @@ def test_log_probabilities_are_those_of_the_model_itself(build: Any) -> None:
         ({"json_schema": {"type": "array", "items": {"not": {}}}}, "/items: .*not"),
         ({"regex": "b(a"}, r"regex cannot be followed: 'b\(a', character 2: unclosed group"),
         ({"grammar": "start: foo"}, "grammar cannot be followed: line 1, column 8: .*foo"),
+        ({"regex": "a\ud800"}, "regex has half of a surrogate pair"),
+        ({"json_schema": {"const": "\ud800"}}, "json_schema has half of a surrogate pair"),
         ({"grammar": "root ::= foo"}, "grammar cannot be followed: .*foo"),
         ({"regex": "a", "choices": ["b"]}, "regex and choices were both given"),
         ({"regex": "a", "num_beams": 2}, "regex with num_beams=2"),
