@@ -61,7 +61,7 @@ def masks(tokenizer: Tokenizer, text: str) -> dict[str, float]:
     """Microseconds of a mask and of taking the token behind it, median over a text's tokens."""
     tokens = tokenizer.encode(text, bos=False, eos=False)
     form = Forms(tokenizer, tokenizer.n_words).form("json_schema", SCHEMA, frozenset({tokenizer.eos_id}))
-    found = {"llguidance": timed(lambda place: form.banned(tokens[:place]), len(tokens))}
+    found = {"llguidance": timed(lambda place: form.mask(tokens[:place]), len(tokens))}
     try:
         import xgrammar
     except ImportError:

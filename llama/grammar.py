@@ -164,17 +164,22 @@ class Form:
     def __init__(
         self, vocabulary: Vocabulary, compiled: Compiled, stop_tokens: frozenset[int], inside: bool
     ) -> None:  # fmt: skip
+        import numpy
+
         self._vocabulary, self._compiled = vocabulary, compiled
-        self._stop_tokens = sorted(stop_tokens)
+        self._stops = numpy.zeros_like(vocabulary.visible)
+        for token in stop_tokens:
+            self._stops[token // 32] |= numpy.uint32(1 << token % 32)
+        self._texts = vocabulary.visible & ~self._stops
         self._strips = not inside and compiled.first is not compiled.within
         self._matcher = compiled.within.deep_copy()
         self._known = 0  # how many tokens of the completion the matcher has taken
         self._ahead: list[int] = []  # drafts behind them that it has taken too
 
-    def banned(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> "NDArray[numpy.bool_]":
-        """Which tokens (V,) may not follow a completion and the drafts behind it; all, where it cannot go on.
+    def mask(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> "NDArray[numpy.uint32]":
+        """Which tokens may follow a completion and the drafts behind it; none, where it cannot go on.
 
-        Tokens that end the text are those that may follow where it is complete.
+        Token t may if bit t % 32 of word t // 32 is 1. Those that end the text may follow where it is complete.
         """
         import numpy
 
@@ -183,15 +188,15 @@ class Form:
         matcher = self._matcher
         if self._strips and not tokens and not drafts:
             matcher = self._compiled.first.deep_copy()
-        words = numpy.zeros_like(vocabulary.visible)
+        words = numpy.empty_like(vocabulary.visible)
         matcher.unsafe_compute_mask_ptr(words.ctypes.data, 4 * vocabulary.words)
         if matcher.is_error():
             words[:] = 0
         complete = words[vocabulary.end // 32] >> vocabulary.end % 32 & 1
-        words &= vocabulary.visible
-        bits = numpy.unpackbits((~words).view(numpy.uint8), count=vocabulary.vocab_size, bitorder="little")
-        bits[self._stop_tokens] = 1 - complete
-        return bits.view(numpy.bool_)
+        words &= self._texts
+        if complete:
+            words |= self._stops
+        return words
 
     def allowed(self, tokens: Sequence[int], drafts: Sequence[int]) -> int:
         """How many of the drafts may follow the completion, each behind those before it."""
@@ -252,6 +257,10 @@ def _source(name: str, given: Any) -> str:
         raise ParameterError(
             f"{name} needs the package llguidance, which is not here: pip install llguidance"
         ) from None
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ParameterError(f"{name} has half of a surrogate pair, which is no character: give whole ones") from None
     source = _READ[name](given)
     failed, said = LLMatcher.validate_grammar_with_warnings(source)
     if failed:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama import Llama, SamplingParams
 from llama.engine.next_token import Place
-from llama.engine.sampling import adjust, noise_key, uniform
+from llama.engine.sampling import Behind, adjust, forbid, noise_key, uniform
 from llama.model.step import Step
 from llama.request import Request
 
@@ -73,7 +73,8 @@ def assert_agree(
         agreed.append(n)
         if own != other:
             stops = frozenset({2, *its.stop_token_ids})
-            row = adjust(logits([*prompt, *own[:n]])[-1], its, prompt, own[:n], stops)
+            row = logits([*prompt, *own[:n]])[-1].clone()
+            adjust(row[None], [Behind(its, prompt, own[:n], stops)])
             nexts = [tokens[n : n + 1] or stops for tokens in (own, other)]  # one that ended had an end token there
             near = any(is_near_tie(row, a, b, its, tolerance) for a in nexts[0] for b in nexts[1])
             assert near, f"{own} and {other} differ from place {n} on, by more than rounding"
@@ -106,10 +107,12 @@ def refuse_near_ties(llama: Llama) -> None:
     def choose_clearly(places: list[Place], logits: Tensor, best: list[int]) -> Iterable[int | None]:
         for place, row in zip(places, logits, strict=True):
             request = place.request
-            row = adjust(row, request.params, request.prompt, place.completion, request.stop_tokens)
-            if place.banned is not None:
-                row[place.banned] = -torch.inf
-            assert _is_clear(row, request), f"a near-tie after {request.prompt + request.tokens}: ask something else"
+            changed = row.clone()[None]
+            adjust(changed, [place.behind])
+            if place.mask is not None:
+                forbid(changed, [0], [place.mask])
+            clear = _is_clear(changed[0], request)
+            assert clear, f"a near-tie after {request.prompt + request.tokens}: ask something else"
         return choose(places, logits, best)
 
     llama.engine._choose = choose_clearly

@@ -23,7 +23,7 @@ from llama.cli.flags import (
     SERVICE,
     sampling_params,
 )
-from llama.cli.output import show_completions, statistics
+from llama.cli.output import cut, show_completions, statistics
 from llama.cli.prompts import text_with_gap, texts
 from llama.cli.shell import run
 from llama.errors import LlamaError, ParameterError
@@ -96,6 +96,8 @@ def complete(
         _write(html, page(done))
     if done:
         log.say(statistics([result for _, result in done]))
+        if remark := cut([result for _, result in done], params):
+            log.say(remark)
     if len(done) < len(asked):
         sys.exit(2)
 

@@ -89,6 +89,18 @@ def statistics(results: Sequence[Mapping[str, Any]]) -> str:
     return f"{read} tokens in, {completed} out in {seconds:.2f} s ({speed:.1f} tokens/s){began}{drafts}"
 
 
+def cut(results: Sequence[Mapping[str, Any]], params: SamplingParams) -> str:
+    """What is to be said where texts that were to have a form were cut; else nothing."""
+    samples = [sample for result in results for sample in samples_of(result)]
+    short = sum(sample["finish_reason"] == "length" for sample in samples)
+    if params.form is None or not short:
+        return ""
+    return (
+        f"{short} of {len(samples)} texts cut by max_gen_len or max_seq_len, before the end that {params.form[0]} asks"
+        " for: raise them, or limit what it allows"
+    )
+
+
 class _Stream:
     """Prints the text whose turn it is while it is made, and holds back that of later ones."""
 

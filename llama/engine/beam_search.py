@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llama.engine.sampling import adjust, no_token, top_logprobs
+from llama.engine.sampling import Behind, adjust, no_token, top_logprobs
 from llama.errors import NumericalError
 from llama.model.kv_cache import KVCache
 from llama.model.step import Step
@@ -83,8 +83,8 @@ def _continuations(beams: list[Beam], request: Request, logits: Tensor) -> list[
     raw = torch.log_softmax(logits, dim=-1)
     scores = raw
     if not params.plain:
-        rows = zip(raw, beams, strict=True)
-        scores = torch.stack([adjust(r, params, request.prompt, b.tokens, request.stop_tokens) for r, b in rows])
+        scores = raw.clone()
+        adjust(scores, [Behind(params, request.prompt, beam.tokens, request.stop_tokens) for beam in beams])
     total = (scores + torch.tensor([[beam.score] for beam in beams], device=raw.device)).flatten()
     # Even if every end token is among the best of each beam, num_beams continuations that go on are left.
     count = min((1 + len(request.stop_tokens)) * params.num_beams, len(total))

@@ -286,20 +286,21 @@ class Engine:
         if deciding:
             taken = logits if len(rows) == len(logits) else logits[rows]
             own = [place for chunk in deciding for place in places[chunk.sequence]]
+            unchanged = [_of_model(place, row) for place, row in zip(own, taken, strict=True)]
             chosen = self._choose(own, taken, [best[row] for row in rows])
-            choices = zip(chosen, taken, [finite[row] for row in rows], strict=True)
+            choices = zip(chosen, unchanged, [finite[row] for row in rows], strict=True)
             for chunk in deciding:
                 self._accept(chunk, list(islice(choices, 1 + len(chunk.drafts))), len(chunks))
         return progressed
 
     def _choose(self, places: list[Place], logits: Tensor, best: list[int]) -> Iterable[int | None]:
-        """The next token at each place, from its row of logits (R, V), `best` the largest of each."""
+        """The next token at each place, from its row of logits (R, V), which is changed, `best` the largest of each."""
         return next_tokens(places, logits, best)
 
-    def _accept(self, chunk: Chunk, choices: list[tuple[int | None, Tensor, bool]], sequences: int) -> None:
+    def _accept(self, chunk: Chunk, choices: list[tuple[int | None, Tensor | None, bool]], sequences: int) -> None:
         """Hand a sequence the tokens that its rows chose, up to the first that is not the draft in its place.
 
-        A choice is a token, None where all are forbidden, its row of logits, and whether they are finite.
+        A choice is a token, None where all are forbidden; its row of logits, where asked; and whether they are finite.
         """
         sequence, request, right = chunk.sequence, chunk.sequence.request, 0
         for (token, logits, finite), draft in zip(choices, (*chunk.drafts, None), strict=True):
@@ -356,6 +357,12 @@ def _decides_on_device(chunk: Chunk) -> bool:
     request, params = chunk.sequence.request, chunk.sequence.request.params
     needs_logits = request.prompt_logprobs or params.logprobs or params.top_logprobs or params.max_gen_len == 0
     return params.plain and request.form is None and not needs_logits
+
+
+def _of_model(place: Place, logits: Tensor) -> Tensor | None:
+    """A copy of the model's own logits (V,) there, where the request asks for log-probabilities."""
+    params = place.request.params
+    return logits.clone() if params.logprobs or params.top_logprobs else None
 
 
 def _in_form(chunk: Chunk, drafts: tuple[int, ...]) -> tuple[int, ...]:

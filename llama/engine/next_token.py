@@ -1,12 +1,14 @@
-"""The next token at each of some places, from its row of logits: pure functions."""
+"""The next token at each of some places, from its row of logits."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from llama.engine.sampling import adjust, forbid, sample, uniform
+from llama.engine.sampling import Behind, adjust, forbid, sample, uniform
 from llama.kernels.sample import greedy
 from llama.request import Request
 
@@ -18,45 +20,49 @@ class Place:
     request: Request
     key: bytes  # of the request's noise
     drafts: tuple[int, ...] = ()
-    banned: Tensor | None = None  # (V,) bool: the tokens that the request's form does not allow here
+    mask: NDArray[numpy.uint32] | None = None  # (W,): the tokens that the request's form allows here, a bit each
 
     @classmethod
     def of(cls, request: Request, key: bytes, drafts: tuple[int, ...] = ()) -> "Place":
-        """With what the request's form does not allow there, which takes a while."""
+        """With what the request's form allows there, which takes a while."""
         form = request.form
-        return cls(
-            request, key, drafts, None if form is None else torch.from_numpy(form.banned(request.tokens, drafts))
-        )
+        return cls(request, key, drafts, None if form is None else form.mask(request.tokens, drafts))
 
     @property
     def completion(self) -> list[int]:
         return [*self.request.tokens, *self.drafts]
 
     @property
+    def behind(self) -> Behind:
+        request = self.request
+        return Behind(request.params, request.prompt, self.completion, request.stop_tokens)
+
+    @property
     def noise(self) -> float:
         return uniform(self.key, len(self.request.prompt) + len(self.request.tokens) + len(self.drafts))
 
 
+@torch.inference_mode()  # else PyTorch refuses to change what a model gave
 def next_tokens(places: Sequence[Place], logits: Tensor, best: list[int]) -> Iterable[int | None]:
-    """The token at each place, from logits (R, V), `best` the largest of each; None where all are forbidden."""
+    """The token at each place, from logits (R, V), `best` the largest of each; None where all are forbidden.
+
+    The logits are what it works in: they are changed.
+    """
     all_greedy = all(place.request.params.temperature == 0 for place in places)
-    if all(place.request.params.plain and place.banned is None for place in places):
-        return best if all_greedy else _sample(places, logits)
-    logits = logits.clone()
-    for row, place in zip(logits, places, strict=True):
-        request = place.request
-        if not request.params.plain:
-            row.copy_(adjust(row, request.params, request.prompt, place.completion, request.stop_tokens))
-        if place.banned is not None:
-            forbid(row, place.banned)
-    empty = (logits.amax(-1) == -torch.inf).tolist()
-    if any(empty):
-        logits[empty] = 0
-    tokens = greedy(logits)[0] if all_greedy else _sample(places, logits)
-    return [None if none else token for none, token in zip(empty, tokens, strict=True)]
+    plain = all(place.request.params.plain for place in places)
+    formed = {row: place.mask for row, place in enumerate(places) if place.mask is not None}
+    if plain and not formed:
+        return best if all_greedy else _sample(places, logits).tolist()
+    if not plain:
+        adjust(logits, [place.behind for place in places])
+    if formed:
+        forbid(logits, list(formed), list(formed.values()))
+    tokens = torch.tensor(greedy(logits)[0], device=logits.device) if all_greedy else _sample(places, logits)
+    none = logits.gather(1, tokens[:, None])[:, 0] == -torch.inf  # the token is any, where all are forbidden
+    return [None if nothing else token for nothing, token in zip(none.tolist(), tokens.tolist(), strict=True)]
 
 
-def _sample(places: Sequence[Place], logits: Tensor) -> list[int]:
+def _sample(places: Sequence[Place], logits: Tensor) -> Tensor:
     columns = [
         (params.temperature, params.top_p, params.min_p, place.noise)
         for place in places
@@ -64,5 +70,4 @@ def _sample(places: Sequence[Place], logits: Tensor) -> list[int]:
     ]
     draws = torch.tensor(columns, device=logits.device).T
     top_k = torch.tensor([place.request.params.top_k for place in places], device=logits.device)
-    tokens: list[int] = sample(logits, draws, top_k).tolist()
-    return tokens
+    return sample(logits, draws, top_k)

@@ -1,4 +1,5 @@
-"""From logits and one uniform number a row to tokens and their log-probabilities: pure functions.
+"""From logits and one uniform number a row to tokens and their log-probabilities: pure functions, but for `adjust` and
+`forbid`, which change the rows that they are given.
 
 Letters in shapes: R rows, V vocabulary.
 """
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llama.errors import ParameterError
@@ -29,6 +31,15 @@ class Draws(NamedTuple):
     top_p: Tensor
     min_p: Tensor
     noise: Tensor
+
+
+class Behind(NamedTuple):
+    """What a row of logits follows, and what its request asks of the next token."""
+
+    params: SamplingParams
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    stop_tokens: frozenset[int]
 
 
 def noise_key(seed: int, prompt: Sequence[int]) -> bytes:
@@ -105,43 +116,48 @@ def _shares(probs: Tensor) -> Tensor:
     return (probs * WHOLE).round().long()
 
 
-def adjust(
-    logits: Tensor,
-    params: SamplingParams,
-    prompt: Sequence[int],
-    completion: Sequence[int],
-    stop_tokens: frozenset[int],
-) -> Tensor:
-    """One row of logits (V,) after the request's bias, penalties and bans (the order is in `SamplingParams`)."""
-    logits = logits.clone()
+def adjust(logits: Tensor, rows: Sequence[Behind]) -> None:
+    """Change rows of logits (R, V) by their requests' bias, penalties and bans (the order is in `SamplingParams`)."""
+    flat, vocab = logits.view(-1), logits.shape[1]
+    changed = [(number * vocab, row) for number, row in enumerate(rows) if not row.params.plain]
 
-    def at(tokens: Sequence[int]) -> Tensor:
-        return torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+    def at(places: list[int]) -> Tensor:
+        return torch.tensor(places, dtype=torch.int64, device=logits.device)
 
-    if params.logit_bias:
-        logits[at(list(params.logit_bias))] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if params.repetition_penalty != 1:
-        seen = at(sorted({*prompt, *completion}))
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if completion and (params.presence_penalty or params.frequency_penalty):
-        counts = Counter(completion)
-        amount = torch.tensor(list(counts.values()), dtype=torch.float32, device=logits.device)
-        logits[at(list(counts))] -= params.presence_penalty + params.frequency_penalty * amount
-    banned = _banned(params.bad_words, prompt, completion)
-    if len(completion) < params.min_gen_len:
-        banned |= stop_tokens
-    if banned:
-        logits[at(sorted(banned))] = -torch.inf
-    return logits
+    places = [first + token for first, row in changed for token in row.params.logit_bias]
+    if places:
+        biases = [bias for _, row in changed for bias in row.params.logit_bias.values()]
+        flat[at(places)] += torch.tensor(biases, dtype=torch.float32, device=logits.device)
+    for first, row in changed:
+        if (penalty := row.params.repetition_penalty) != 1:
+            seen = at([first + token for token in {*row.prompt, *row.completion}])
+            values = flat[seen]
+            flat[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    places, amounts = _counted(changed)
+    if places:
+        flat[at(places)] -= torch.from_numpy(numpy.concatenate(amounts)).to(logits.device)
+    places = [first + token for first, row in changed for token in _banned(row)]
+    if places:
+        flat[at(places)] = -torch.inf
 
 
-def forbid(logits: Tensor, banned: Tensor) -> None:
-    """Write -inf into a row of logits (V,) where `banned` (V,), a bool tensor on a CPU, is true."""
+def forbid(logits: Tensor, rows: list[int], masks: list[NDArray[numpy.uint32]]) -> None:
+    """Write -inf into some rows of logits (R, V), wherever their masks (W,), as `Form` makes them, have no bit."""
+    vocab = logits.shape[1]
     if logits.device.type == "cpu":
-        numpy.copyto(logits.numpy(), -numpy.inf, where=banned.numpy())  # several times as fast as `masked_fill_`
-    else:
-        logits.masked_fill_(banned.to(logits.device), -torch.inf)
+        for row, mask in zip(rows, masks, strict=True):  # one at a time: a row's bits stay in the processor's cache
+            banned = numpy.unpackbits((~mask).view(numpy.uint8), count=vocab, bitorder="little").view(numpy.bool_)
+            numpy.copyto(logits[row].numpy(), -numpy.inf, where=banned)  # several times as fast as `masked_fill_`
+        return
+    words = torch.from_numpy(numpy.stack(masks).view(numpy.int32)).to(logits.device)
+    at = torch.tensor(rows, device=logits.device)
+    logits[at] = torch.where(_bits(words)[:, :vocab], logits[at], -torch.inf)
+
+
+def _bits(words: Tensor) -> Tensor:
+    """The bits (R, 32 W) of int32 words (R, W), from the lowest of each on, as bools."""
+    bit = torch.arange(32, dtype=torch.int32, device=words.device)
+    return (words[:, :, None] >> bit & 1).flatten(1).bool()
 
 
 def no_token(request: Request) -> ParameterError:
@@ -158,11 +174,25 @@ def no_token(request: Request) -> ParameterError:
     )
 
 
-def _banned(bad_words: Sequence[Sequence[int]], prompt: Sequence[int], completion: Sequence[int]) -> set[int]:
-    """The tokens that would complete a bad word now."""
+def _counted(rows: list[tuple[int, Behind]]) -> tuple[list[int], list[NDArray[numpy.float32]]]:
+    """What presence and frequency penalties subtract: the places, counted from each row's first, and the amounts."""
+    places, amounts = [], []
+    for first, row in rows:
+        if row.completion and (row.params.presence_penalty or row.params.frequency_penalty):
+            counts = Counter(row.completion)
+            amount = numpy.fromiter(counts.values(), numpy.float32, len(counts))
+            places += [first + token for token in counts]
+            amounts.append(row.params.presence_penalty + row.params.frequency_penalty * amount)
+    return places, amounts
+
+
+def _banned(row: Behind) -> set[int]:
+    """The tokens that would complete a bad word now, and those that end a text where it is too short."""
+    bad_words = row.params.bad_words
     reach = max((len(word) - 1 for word in bad_words), default=0)
-    tail = (*prompt[max(0, len(prompt) - reach) :], *completion)
-    return {word[-1] for word in bad_words if len(word) == 1 or tail[-(len(word) - 1) :] == tuple(word[:-1])}
+    tail = (*row.prompt[max(0, len(row.prompt) - reach) :], *row.completion) if reach else ()
+    banned = {word[-1] for word in bad_words if len(word) == 1 or tail[-(len(word) - 1) :] == tuple(word[:-1])}
+    return banned | row.stop_tokens if len(row.completion) < row.params.min_gen_len else banned
 
 
 def top_logprobs(logprobs: Tensor, k: int) -> list[dict[int, float]]:

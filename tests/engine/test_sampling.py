@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from reference import kept
 
 import llama.engine.sampling as sampling
-from llama.engine.sampling import adjust, noise_key, sample, top_logprobs, uniform
+from llama.engine.sampling import Behind, adjust, forbid, noise_key, sample, top_logprobs, uniform
 from llama.kernels import library
 from llama.kernels import sample as kernel
 from llama.request import SamplingParams, derive_seed
@@ -241,7 +242,9 @@ def test_noise_is_a_function_of_seed_prompt_and_position() -> None:
 def changed(
     logits: list[float], prompt: list[int], made: list[int], stops: tuple = (), **params: object
 ) -> list[float]:
-    return adjust(torch.tensor(logits), SamplingParams(**params), prompt, made, frozenset(stops)).tolist()
+    rows = torch.tensor([logits])
+    adjust(rows, [Behind(SamplingParams(**params), prompt, made, frozenset(stops))])
+    return rows[0].tolist()
 
 
 INF = -math.inf
@@ -270,12 +273,37 @@ def test_adjust(params: dict, made: list[int], stops: tuple, expected: list[floa
     assert changed(logits, [0, 1], made, stops, **params) == pytest.approx(expected)
 
 
-def test_adjust_leaves_the_models_logits_alone() -> None:
-    """They are still needed: logprobs are of the model, not of what penalties made of it."""
-    logits = torch.tensor([2.0, -1.0, 0.5, -2.0])
-    params = SamplingParams(logit_bias={0: 1.0}, repetition_penalty=2.0, frequency_penalty=1.0, bad_words=[[3]])
-    adjust(logits, params, [1], [2], frozenset())
-    assert logits.tolist() == [2.0, -1.0, 0.5, -2.0]
+def test_rows_are_changed_together_as_each_alone() -> None:
+    """To the last bit, plain rows among them."""
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    every = [
+        {"frequency_penalty": 0.1, "presence_penalty": 0.3}, {}, {"repetition_penalty": 1.3, "logit_bias": {3: 1}},
+        {"frequency_penalty": 0.7, "logit_bias": {3: -0.1, 39: -math.inf}, "bad_words": [[4], [7, 5]]},
+        {"min_gen_len": 9},
+    ]  # fmt: skip
+    rows = [Behind(SamplingParams(**one), [1, n, 5], [7, n, 7, 7], frozenset({2})) for n, one in enumerate(every)]
+    together, alone = logits.clone(), logits.clone()
+    adjust(together, rows)
+    for number, row in enumerate(rows):
+        adjust(alone[number : number + 1], [row])
+    assert torch.equal(together, alone) and together[1].equal(logits[1]) and not together[0].equal(logits[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_what_a_mask_has_no_bit_of_is_forbidden(device: str) -> None:
+    """In the rows that have one, whatever the words hold beyond the vocabulary."""
+    allowed = [[0, 31, 32, 69], [], list(range(70))]
+    masks = [numpy.packbits([token in row for token in range(96)], bitorder="little").view("uint32") for row in allowed]
+    masks[0][2] |= 1 << 20
+    logits = torch.zeros(4, 70, device=device)
+    forbid(logits, [3, 0, 1], masks)
+    assert [row.nonzero()[:, 0].tolist() for row in logits.cpu() == 0] == [[], allowed[2], list(range(70)), allowed[0]]
+
+
+def test_the_bits_of_words_are_the_same_on_every_device() -> None:
+    words = numpy.array([[1, 0x80000000], [0xFFFFFFFE, 6]], dtype=numpy.uint32)
+    bits = numpy.unpackbits(words.view(numpy.uint8), axis=1, bitorder="little")
+    assert sampling._bits(torch.from_numpy(words.view(numpy.int32))).int().tolist() == bits.tolist()
 
 
 def test_plain_params_change_nothing() -> None:
