@@ -29,14 +29,22 @@ _ONLY_AT = {"stream": (False,), "echo": (False,), "best_of": (1,), "tools": ([],
             "modalities": (["text"],)}  # fmt: skip
 _MESSAGE = ("role", "content")
 _LIMITS = ("max_completion_tokens", "max_tokens")
+_DEEPEST = 200  # lists and objects within each other: whoever looks into a value may do so by recursion
 
 
 def parse(text: str) -> Any:
     """A JSON text in which no key stands twice: one of the two values would be lost. Raises ValueError."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEPEST):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [one for own in parts for one in own if isinstance(one, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"it is nested too deeply: more than {_DEEPEST} levels")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
