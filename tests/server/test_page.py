@@ -320,7 +320,7 @@ def test_nothing_is_asked_but_the_service_and_nothing_else_can_run(page: Page) -
 
 
 def test_a_key_a_full_queue_and_the_end_of_the_service(browser: Any) -> None:
-    with service("--api_key", "secret", "--max_batch_size", "1", "--max_queue", "0") as running:
+    with service("--api_key", "secret", "--max_batch_size", "1", "--max_queue", "0", *ROOM) as running:
         page = Page(browser, running)
         key = page.one("#key")
         page.wait(key.is_displayed)
