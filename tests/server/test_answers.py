@@ -205,7 +205,7 @@ def test_curl(served: Service) -> None:
     ({"prompt": "a", "suffix": "b"}, 400, "cannot be filled in"),
     ({"prompt": "a", "logit_bias": {"99999": 1}}, 400, "token 99999"),
     ({"prompt": "a", "logit_bias": {str(token): 1 for token in range(1025)}}, 400, "logit_bias asks for 1025"),
-    ({"prompt": "a", "temperature": [1] * 100_000}, 400, "1, 1 …"),
+    ({"prompt": "a", "temperature": [1] * 100_000}, 400, " …"),
     (b'{"prompt": "a", "temperature": ' + b"[" * 900 + b"]" * 900 + b"}", 400, "nested too deeply"),
     (b'{"prompt": "a", "guided_json": ' + b'{"a":' * 201 + b"1" + b"}" * 202, 400, "nested too deeply"),
     (b"{" + b"".join(b'"%d": 1,' % number for number in range(50_000)) + b'"49999": 1}', 400, "'49999' stands twice"),

@@ -13,7 +13,8 @@ from services import Service, httpx, service
 from llama.server.connections import Connection
 from llama.server.limits import STALL_SECONDS
 
-LIMITS = {"HEAD_SECONDS": 1, "BODY_SECONDS": 1, "STALL_SECONDS": 2}  # in the place of 10 and more
+# In the place of 10 seconds and more, and of 64 MiB.
+LIMITS = {"HEAD_SECONDS": 1, "BODY_SECONDS": 1, "STALL_SECONDS": 2, "BODIES_BYTES": 7 << 20}
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -64,6 +65,17 @@ def test_a_body_that_does_not_say_so_is_read_up_to_the_limit(served: Service) ->
     assert sent < 100e6, "262 MB would have been taken"
     assert memory(served) - before < 60e6
     assert served.complete("Mia")
+
+
+def test_bodies_that_are_read_at_once_have_one_limit(served: Service) -> None:
+    """What a client sends more is not kept; who is done makes room."""
+    size = 4_000_000
+    with connect(served, f"{HEAD}Content-Length: {size + 1}\r\n\r\n{' ' * size}"):
+        time.sleep(0.3)  # until it is read; after a second it is given up
+        answer = served.post("completions", b" " * size)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert "too many bodies" in answer.text
+    assert served.post("completions", b" " * size).status_code == 400
 
 
 @pytest.mark.parametrize("size", [5_000_000, 30_000_000])

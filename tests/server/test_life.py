@@ -46,6 +46,12 @@ def test_who_finds_the_queue_full_and_who_leaves(small: Service) -> None:
         streams = [client.stream("POST", "/v1/completions", json=LONG) for _ in range(2)]
         parts = [stream.__enter__().iter_bytes() for stream in streams]  # kept: what is dropped is closed
         assert [next(own)[:6] for own in parts] == [b"data: "] * 2
+        data = json.dumps({"prompt": "Mia"})
+        with socket.create_connection(("127.0.0.1", small.port)) as leaving:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            leaving.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n{data}".encode())
+            small.wait_for("requests_waiting", 1)
+        small.wait_for("requests_waiting", 0)
         waiting = threading.Thread(target=lambda: small.complete("Mia"))
         waiting.start()
         small.wait_for("requests_waiting", 1)
