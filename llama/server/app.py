@@ -80,10 +80,9 @@ class _Routes:
     async def _read(self, request: Request, data: bytearray) -> None:
         """Read the body into `data`. Raises Refusal where it is too large: after its end if that is near, since many
         clients do not look for an answer before."""
-        refusal, size = None, int(request.headers.get("content-length", 0))
-        if size > UNREAD_BYTES:
+        if int(request.headers.get("content-length", 0)) > UNREAD_BYTES:
             raise _too_large()
-        size = 0
+        refusal, size = None, 0
         async for part in request.stream():
             size += len(part)
             if size > BODY_BYTES:

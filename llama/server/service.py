@@ -51,7 +51,7 @@ class Service:
 
     @property
     def running(self) -> int:
-        return min(len(self._live), self.llama.engine.scheduler.slots)
+        return min(len(self._live), self.llama.engine.running)
 
     @property
     def waiting(self) -> int:
@@ -118,7 +118,8 @@ class Service:
     def _changed(self, news: list[News]) -> None:
         """What a step has changed."""
         for output, ended in news:
-            asked = self._live[output]
+            if not (asked := self._live.get(output)):
+                continue  # it was ended in the meantime, as the engine has failed
             if ended:
                 output.ended = True
                 del self._live[output]

@@ -172,6 +172,27 @@ def test_who_leaves_gets_no_further_step(demo: Llama, worker: tuple[Worker, "que
     assert {output.request.finish_reason for output in outputs} == {"cancelled"}
 
 
+def test_one_beam_search_runs_alone(demo: Llama, worker: tuple[Worker, "queue.Queue[Any]"]) -> None:
+    asked, told = worker
+    running: list[int] = []
+    outputs = [demo.job("Mia", SamplingParams(num_beams=4, max_gen_len=8)).samples[0] for _ in range(3)]
+    step = demo.engine.step
+
+    def watched() -> Any:
+        made = step()
+        running.append(demo.engine.running)
+        return made
+
+    demo.engine.step = watched  # type: ignore[method-assign]
+    try:
+        asked.add(outputs, texts=False)
+        for _ in outputs:
+            told.get(timeout=30)
+    finally:
+        del demo.engine.step
+    assert set(running) == {0, 1}
+
+
 def test_what_begins_alike_is_read_once(demo: Llama, worker: tuple[Worker, "queue.Queue[Any]"]) -> None:
     asked, told = worker
     beginning, params = "Tom had a big red kite, and he ran up the hill with it. " * 5, SamplingParams(max_gen_len=1)
