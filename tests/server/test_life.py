@@ -228,21 +228,32 @@ def test_a_step_that_fails_ends_what_ran_and_nothing_else(
         del demo.engine.step
 
 
-# The third step fails, and what runs cannot be ended either.
+# The first step takes a second and a half. The third one fails, and what runs cannot be ended either.
 BROKEN = """
+import time
 from llama.engine.engine import Engine
 def broken(self, *_):
     raise RuntimeError("the device is lost")
-step, left = Engine.step, iter(range(2))
-Engine.step = lambda self: step(self) if next(left, None) is not None else broken(self)
+def slow(self):
+    step(self)
+    time.sleep(1.5)
+step, left = Engine.step, iter((slow, Engine.step))
+Engine.step = lambda self: next(left, broken)(self)
 Engine.finish = broken
 """
 
 
 def test_an_engine_that_cannot_go_on_ends_the_service() -> None:
-    """What ran and what waited is answered with an error; the exit code says that it was none of the signals."""
+    """What ran and what waited is answered with an error; the exit code says that it was none of the signals.
+
+    While a step is taken the service answers what needs none.
+    """
     with service("--max_batch_size", "1", first=BROKEN) as running, ThreadPoolExecutor(3) as threads:
         answers = threads.map(lambda _: running.post("completions", {"prompt": "Mia", "min_gen_len": 9}), range(3))
+        running.wait_for("requests_waiting", 2)
+        begun = time.monotonic()
+        assert running.http.get("/health").status_code == 200
+        assert time.monotonic() - begun < 0.7
         for answer in answers:
             assert answer.status_code in (500, 503), answer.text
         assert running.process.wait(20) == 2
