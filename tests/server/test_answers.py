@@ -252,7 +252,8 @@ def test_what_it_says_of_itself(served: Service) -> None:
     assert 'llama_requests_total{path="/v1/completions",status="200"}' in text
     assert served.http.get("/v1/models/other").status_code == 404
     wrong = httpx.delete(f"{served.url}/v1/models")
-    assert wrong.status_code == 405 and "'DELETE' is not answered here: use GET" in wrong.json()["error"]["message"]
+    assert wrong.status_code == 405 and wrong.headers["allow"] in wrong.json()["error"]["message"]
+    assert "'DELETE' is not answered here: use " in wrong.text and "GET" in wrong.headers["allow"]
 
 
 def test_metrics_are_prometheuss_text(served: Service) -> None:
