@@ -6,6 +6,7 @@ Lines of batch files and requests to the service have the same bodies.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
@@ -29,21 +30,29 @@ _ONLY_AT = {"stream": (False,), "echo": (False,), "best_of": (1,), "tools": ([],
             "modalities": (["text"],)}  # fmt: skip
 _MESSAGE = ("role", "content")
 _LIMITS = ("max_completion_tokens", "max_tokens")
+_DEEPEST = 200  # lists and objects within each other: whoever looks into a value may do so by recursion
 
 
 def parse(text: str) -> Any:
     """A JSON text in which no key stands twice: one of the two values would be lost. Raises ValueError."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEPEST):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [one for own in parts for one in own if isinstance(one, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"it is nested too deeply: more than {_DEEPEST} levels")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.60} stands twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {next(key for key, count in counts.items() if count > 1)!r:.60} stands twice")
     return value
 
 

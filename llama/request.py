@@ -123,6 +123,9 @@ class SamplingParams:
             raise ParameterError(f"num_beams={self.num_beams} with n={self.n}: beam search gives one answer; use n=1")
         if not isinstance(self.logprobs, bool):
             raise ParameterError(f"logprobs={self.logprobs!r} is out of range: expected True or False")
+        for own in fields(self):
+            if own.type is float:  # an integer may be one that no tensor takes
+                object.__setattr__(self, own.name, float(getattr(self, own.name)))
         self._freeze_collections()
         self._check_form()
 
@@ -343,7 +346,7 @@ def _biases(given: Any) -> dict[int, float]:
             )
         if token in biases:
             raise ParameterError(f"logit_bias names token {token} twice: give it once")
-        biases[token] = bias
+        biases[token] = float(bias)
     return biases
 
 

@@ -71,8 +71,8 @@ def events(text: str) -> list[dict[str, Any]]:
     return [json.loads(part.removeprefix("data: ")) for part in parts]
 
 
-def command(*flags: str, limits: dict[str, Any] | None = None) -> list[str]:
-    return [sys.executable, "-c", _START, json.dumps(limits or {}), "serve", *flags]
+def command(*flags: str, limits: dict[str, Any] | None = None, first: str = "") -> list[str]:
+    return [sys.executable, "-c", f"{first}\n{_START}", json.dumps(limits or {}), "serve", *flags]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -81,11 +81,14 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def service(*flags: str, limits: dict[str, Any] | None = None, **env: str) -> Iterator[Service]:
-    """One on a free port, on the demo in float32 unless the flags say otherwise; it is ended afterwards."""
+def service(*flags: str, limits: dict[str, Any] | None = None, first: str = "", **env: str) -> Iterator[Service]:
+    """One on a free port, on the demo in float32 unless the flags say otherwise; it is ended afterwards.
+
+    `first` is code that its process runs before all else.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        words = command("--port", "0", "--device", "cpu", "--dtype", "float32", *flags, limits=limits)
+        words = command("--port", "0", "--device", "cpu", "--dtype", "float32", *flags, limits=limits, first=first)
         with open(log, "wb") as file:
             process = subprocess.Popen(words, stderr=file, env=environment(**env))
         try:

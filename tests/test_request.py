@@ -62,6 +62,14 @@ def test_the_limits_themselves_are_in_range() -> None:
     SamplingParams(top_p=1e-9, min_p=0, seed=0, min_gen_len=4, max_gen_len=4, presence_penalty=-2)
 
 
+def test_an_integer_for_a_number_is_one_that_tensors_take() -> None:
+    huge = 10**29
+    names = ("temperature", "presence_penalty", "frequency_penalty", "repetition_penalty")
+    params = SamplingParams(**dict.fromkeys(names, huge), top_p=1, logit_bias={5: huge})
+    values = [*(getattr(params, name) for name in (*names, "top_p")), params.logit_bias[5]]
+    assert set(map(type, values)) == {float} and torch.tensor(values)[0] == torch.tensor(1e29)
+
+
 def test_defaults_are_metas() -> None:
     params = SamplingParams()
     assert (params.temperature, params.top_p, params.max_gen_len, params.logprobs) == (0.6, 0.9, None, False)

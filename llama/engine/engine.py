@@ -74,6 +74,11 @@ class Engine:
     def idle(self) -> bool:
         return not self._sequences and not self._searches
 
+    @property
+    def running(self) -> int:
+        """How many requests have slots; another thread may ask."""
+        return len(self.scheduler.running) + (self._search is not None)
+
     def add(self, request: Request, observer: Observer | None = None) -> None:
         """Queue a request. Raises PromptError or ParameterError, and queues nothing, where it can never run."""
         self.check(request)

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from llama import openai
 from llama.chat import REFUSAL
+from llama.gate import json_line
 from llama.jobs import Job, prediction
 from llama.output import Output
 from llama.predictions import completion_tokens
@@ -50,16 +51,18 @@ class Answer:
                 await gone
 
     async def _whole(self) -> JSONResponse:
-        asked, job = self._asked, self._asked.question.job
-        while not asked.ended:
+        asked, job = self._asked, self._asked.job
+        while not (asked.ended or _failure(job)):
             await self._next()
         if refusal := _failure(job):
             raise refusal
-        result = prediction(job, asked.question.prompt)
-        chat, tokenizer = asked.question.chat, self._service.llama.tokenizer
-        return JSONResponse(
-            openai.response(asked.name, asked.created, self._service.model, chat, dict(result), tokenizer)
-        )
+        return await asyncio.to_thread(self._response)  # log-probabilities may be many
+
+    def _response(self) -> JSONResponse:
+        asked, service = self._asked, self._service
+        result, chat = dict(prediction(asked.job, asked.question.prompt)), asked.question.chat
+        body = openai.response(asked.name, asked.created, service.model, chat, result, service.llama.tokenizer)
+        return JSONResponse(body)
 
     async def _next(self) -> list[Output]:
         """The outputs that have changed since the last call; waits for one."""
@@ -70,7 +73,7 @@ class Answer:
         return news
 
     async def _stream(self, send: Send) -> None:
-        asked, job = self._asked, self._asked.question.job
+        asked, job = self._asked, self._asked.job
         chunks = _Chunks(asked, self._service.model)
         parts = {output: _Part(index, output, self._service.llama.tokenizer, chunks)
                  for index, output in enumerate(asked.outputs)}  # fmt: skip
@@ -103,12 +106,12 @@ class _Chunks:
             "created": asked.created,
             "model": model,
         }
-        self._head = json.dumps(head, ensure_ascii=False)[:-1]
+        self._head = json_line(head)[:-1]
         self._usage = ', "usage": null' if asked.question.include_usage else ""
 
     def text(self, index: int, text: str, logprobs: dict[str, Any] | None = None, reason: str | None = None) -> bytes:
         """What is new of a sample, and why it ended, if it has."""
-        said = json.dumps(text, ensure_ascii=False)
+        said = json_line(text)
         if self._chat:
             return self._chunk(index, f'"delta": {{"content": {said}}}' if text else '"delta": {}', logprobs, reason)
         return self._chunk(index, f'"text": {said}', logprobs, reason)
@@ -123,13 +126,12 @@ class _Chunks:
 
     def usage(self) -> bytes:
         """The last chunk, which has no choice."""
-        question = self._asked.question
-        result = prediction(question.job, question.prompt)
+        result = prediction(self._asked.job, self._asked.question.prompt)
         usage = openai.usage(result["prompt_tokens"], completion_tokens(result))
         return f'data: {self._head}, "choices": [], "usage": {json.dumps(usage)}}}\n\n'.encode()
 
     def _chunk(self, index: int, said: str, logprobs: dict[str, Any] | None = None, reason: str | None = None) -> bytes:
-        probable = json.dumps(logprobs, ensure_ascii=False) if logprobs else "null"
+        probable = json_line(logprobs) if logprobs else "null"
         choice = f'{{"index": {index}, {said}, "logprobs": {probable}, "finish_reason": {json.dumps(reason)}}}'
         return f'data: {self._head}, "choices": [{choice}]{self._usage}}}\n\n'.encode()
 
@@ -212,7 +214,7 @@ async def _gone(receive: Receive) -> None:
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    return f"data: {json_line(data)}\n\n".encode()
 
 
 async def _send(send: Send, data: bytes) -> None:

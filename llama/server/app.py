@@ -6,23 +6,23 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from llama import log
 from llama.openai import CHAT, COMPLETIONS
 from llama.server import bodies
 from llama.server.answers import Answer
 from llama.server.guard import Guard
-from llama.server.limits import BODIES_BYTES, BODY_BYTES, BODY_SECONDS, READERS
+from llama.server.limits import BODIES_BYTES, BODY_BYTES, BODY_SECONDS, READERS, UNREAD_BYTES
 from llama.server.page import page
 from llama.server.refusals import Refusal
 from llama.server.service import Service
 
 
-def make_app(service: Service, key: str | None, host: str) -> Starlette:
+def make_app(service: Service, key: str | None, host: str) -> ASGIApp:
     """The application, which asks for `key` where there is one; `host` is the name under which it listens."""
     routes = _Routes(service)
     table = [
@@ -35,11 +35,10 @@ def make_app(service: Service, key: str | None, host: str) -> Starlette:
         Route("/", routes.page),
     ]
     paths = frozenset(route.path for route in table)
-    guard = Middleware(Guard, key=key, host=host, paths=paths, metrics=service.metrics)
     handlers: dict[Any, Any] = {Refusal: _refused, HTTPException: _no_route, Exception: _failed}
-    app = Starlette(routes=table, middleware=[guard], exception_handlers=handlers)
+    app = Starlette(routes=table, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return app
+    return Guard(app, key=key, host=host, paths=paths, metrics=service.metrics)
 
 
 class _Routes:
@@ -49,6 +48,7 @@ class _Routes:
         self._service = service
         self._page = page()
         self._readers = ThreadPoolExecutor(READERS, "reader")
+        self._compiler = ThreadPoolExecutor(1, "compiler")  # of forms: one that takes its time stops no other request
         self._reading = 0  # bytes of bodies
 
     async def chat(self, request: Request) -> Answer:
@@ -69,27 +69,34 @@ class _Routes:
                 raise Refusal(408, said, headers={"Connection": "close"}) from None
             except ClientDisconnect:
                 raise Refusal(400, "the body ends early") from None
-            question = await asyncio.get_running_loop().run_in_executor(
-                self._readers, bodies.read, bytes(data), chat, service.llama, service.model, service.limits
-            )
+            loop, limits = asyncio.get_running_loop(), service.limits
+            question = await loop.run_in_executor(self._readers, bodies.read, bytes(data), chat, service.model, limits)
         finally:
             self._reading -= len(data)
-        return Answer(service, service.ask(question))
+        threads = self._compiler if question.params.form else self._readers
+        job = await loop.run_in_executor(threads, bodies.job, question, service.llama, limits)
+        return Answer(service, service.ask(question, job))
 
     async def _read(self, request: Request, data: bytearray) -> None:
-        """Read the body into `data`; raises Refusal as soon as it is known to be too large."""
-        said = f"the body has more than {BODY_BYTES} bytes"
-        too_large = Refusal(413, said, headers={"Connection": "close"})
-        if int(request.headers.get("content-length", 0)) > BODY_BYTES:
-            raise too_large
+        """Read the body into `data`. Raises Refusal where it is too large: after its end if that is near, since many
+        clients do not look for an answer before."""
+        if int(request.headers.get("content-length", 0)) > UNREAD_BYTES:
+            raise _too_large()
+        refusal, size = None, 0
         async for part in request.stream():
-            if len(data) + len(part) > BODY_BYTES:
-                raise too_large
-            if self._reading + len(part) > BODIES_BYTES:
-                raise Refusal(429, "too many bodies are being read: ask again later", "queue_full",
-                              {"Retry-After": "1", "Connection": "close"})  # fmt: skip
-            data += part
-            self._reading += len(part)
+            size += len(part)
+            if size > BODY_BYTES:
+                refusal = _too_large()
+            elif self._reading + len(part) > BODIES_BYTES:
+                refusal = Refusal(429, "too many bodies are being read: ask again later", "queue_full",
+                                  {"Retry-After": "1", "Connection": "close"})  # fmt: skip
+            if refusal and size > UNREAD_BYTES:
+                break
+            if not refusal:
+                data += part
+                self._reading += len(part)
+        if refusal:
+            raise refusal
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})
@@ -104,8 +111,8 @@ class _Routes:
         return {"id": service.model, "object": "model", "created": service.started, "owned_by": "llama"}
 
     async def health(self, request: Request) -> Response:
-        draining = self._service.draining
-        return JSONResponse({"status": "ending" if draining else "ok"}, 503 if draining else 200)
+        ending = self._service.draining or self._service.failed
+        return JSONResponse({"status": "ending" if ending else "ok"}, 503 if ending else 200)
 
     async def metrics(self, request: Request) -> Response:
         service = self._service
@@ -116,12 +123,18 @@ class _Routes:
         return self._page
 
 
+def _too_large() -> Refusal:
+    return Refusal(413, f"the body has more than {BODY_BYTES} bytes", headers={"Connection": "close"})
+
+
 async def _refused(request: Request, refusal: Refusal) -> Response:
     return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
 
 async def _no_route(request: Request, error: HTTPException) -> Response:
-    said = f"there is nothing at {request.url.path!r:.60}" if error.status_code == 404 else error.detail
+    said = f"there is nothing at {request.scope['path']!r:.60}"
+    if error.status_code == 405:
+        said = f"{request.method!r:.20} is not answered here: use {(error.headers or {}).get('Allow', 'another')}"
     return JSONResponse(Refusal(error.status_code, said).body, error.status_code, error.headers)
 
 

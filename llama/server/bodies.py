@@ -1,7 +1,8 @@
 """The body of a request → what it asks for, checked. Runs beside the event loop: reading may take a while."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llama import openai
@@ -20,42 +21,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a body asks for, ready to run."""
+    """What a body asks for."""
 
     chat: bool
     prompt: str | Dialog | Infilling
-    job: Job
+    params: SamplingParams
     stream: bool
     include_usage: bool
 
 
-def read(data: bytes, chat: bool, llama: "Llama", model: str, limits: Limits) -> Question:
-    """What a body asks of `llama`, which is served as `model`. Raises Refusal."""
+def read(data: bytes, chat: bool, model: str, limits: Limits) -> Question:
+    """What a body asks of the model of that name. Raises Refusal."""
+    with _refusing():
+        text = utf8(data, "the body is ")
+        try:
+            body = openai.parse(text)
+        except ValueError as error:
+            raise Refusal(400, f"the body is not JSON: {error!s:.200}") from None
+        return _question(body, chat, model, limits)
+
+
+def job(question: Question, llama: "Llama", limits: Limits) -> Job:
+    """What the engine is to do for a question: its prompt as tokens, its form compiled. Raises Refusal."""
+    with _refusing():
+        made = llama.job(question.prompt, question.params)
+    if made.samples and (length := len(made.samples[0].request.prompt)) > limits.prompt_tokens:
+        raise _too_long(f"{length} tokens", limits)
+    return made
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What is wrong with a body is a Refusal."""
     try:
-        body = openai.parse(utf8(data, "the body is "))
-    except ValueError as error:  # of which a LlamaError is one
-        what = "" if isinstance(error, LlamaError) else "the body is not JSON: "
-        raise Refusal(400, f"{what}{error!s:.200}") from None
+        yield
+    except LlamaError as error:
+        raise refusal_of(error) from None
+
+
+def _question(body: Any, chat: bool, model: str, limits: Limits) -> Question:
     if not isinstance(body, dict):
         raise Refusal(400, f"the body is a JSON {type(body).__name__}, not an object")
     if body.get("model") not in (None, model):
         asked = f"{body['model']!r:.60}"
         raise Refusal(404, f"the model {asked} does not exist: this service has {model!r}", "model_not_found")
-    try:
-        stream, include_usage = _streaming(body)
-        prompt, given, theirs = openai.read_body(body, chat)
-        _check_characters(prompt, limits)
-        with openai.in_their_words(theirs):
-            params = SamplingParams(**given)
-            check_params(params, limits)
-        if params.max_gen_len is None:
-            params = replace(params, max_gen_len=limits.completion_tokens)
-        job = llama.job(prompt, params)
-    except LlamaError as error:
-        raise refusal_of(error) from None
-    if job.samples and (length := len(job.samples[0].request.prompt)) > limits.prompt_tokens:
-        raise _too_long(f"{length} tokens", limits)
-    return Question(chat, prompt, job, stream, include_usage)
+    stream, include_usage = _streaming(body)
+    prompt, given, theirs = openai.read_body(body, chat)
+    _check_characters(prompt, limits)
+    with openai.in_their_words(theirs):
+        params = SamplingParams(**{"max_gen_len": limits.completion_tokens, **given})
+        check_params(params, limits)
+    return Question(chat, prompt, params, stream, include_usage)
 
 
 def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:

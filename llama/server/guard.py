@@ -48,12 +48,19 @@ class Guard:
         host, origins = headers.get("host", ""), headers.getlist("origin")
         if any(re.sub("^https?://", "", origin).lower() != host.lower() for origin in origins):
             return Refusal(403, "the Origin is another site's: pages from elsewhere are not answered")
-        if self._key is None:
-            return None if self._is_own(host) else Refusal(403, "the Host is not a name of this service's")
+        site = headers.get("sec-fetch-site", "none")  # which browsers add to what a page asks without an Origin
+        if path != "/" and site not in ("none", "same-origin"):  # links may lead to the page
+            return Refusal(403, "another site's page asks: pages from elsewhere are not answered")
+        if self._key is None and not self._is_own(host):
+            said = "the Host is not a name of this service's: call it by an address, by localhost or by its --host"
+            return Refusal(403, said)
+        return None if self._key is None else self._key_refusal(self._key, headers, path)
+
+    def _key_refusal(self, key: bytes, headers: Headers, path: str) -> Refusal | None:
         if path in OPEN:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self._key)
+        right = hmac.compare_digest(given.strip().encode(), key)
         if right and scheme.lower() == "bearer":
             return None
         said = "the API key is wrong" if given else "the API key is missing: send Authorization: Bearer KEY"

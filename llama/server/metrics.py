@@ -24,12 +24,12 @@ class Metrics:
         self._first_token_sum = 0.0
         self._samples: deque[tuple[float, int]] = deque(maxlen=WINDOW + 1)
 
-    def count(self, request: Request) -> None:
-        """A request of the engine that has ended."""
+    def count(self, request: Request, asked: float) -> None:
+        """A request of the engine that has ended; `asked` is when it came, on the clock of its own times."""
         self.prompt_tokens += len(request.prompt)
         self.completion_tokens += len(request.tokens)
         if request.first_token is not None:
-            seconds = request.first_token - request.added
+            seconds = request.first_token - asked
             self._first_token[bisect_left(FIRST_TOKEN_SECONDS, seconds)] += 1
             self._first_token_sum += seconds
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from llama.errors import LlamaError, ParameterError, PromptError
 
+_CHARACTERS = 1000  # of an error that quotes a request
+
 
 @dataclass(slots=True)
 class Refusal(Exception):
@@ -27,4 +29,6 @@ class Refusal(Exception):
 
 def refusal_of(error: LlamaError) -> Refusal:
     """What is wrong with a request is its sender's to mend; all else, such as logits that are NaN, is not."""
-    return Refusal(400 if isinstance(error, PromptError | ParameterError) else 500, str(error))
+    said = str(error)
+    said = said if len(said) <= _CHARACTERS else f"{said[:_CHARACTERS]} …"
+    return Refusal(400 if isinstance(error, PromptError | ParameterError) else 500, said)

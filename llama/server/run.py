@@ -53,6 +53,8 @@ def serve(build: "Callable[[], Llama]", listener: socket.socket, key: str | None
             worker.close(10)
 
     asyncio.run(run())
+    if worker.ended.done():
+        worker.ended.result()  # raises why the engine has failed
 
 
 class _Server(uvicorn.Server):
@@ -94,5 +96,7 @@ class _Server(uvicorn.Server):
     async def _each_second(self) -> None:
         while True:
             watch(self.server_state.connections)
-            self._service.metrics.sample(self._service.completion_tokens)
+            self._service.each_second()
+            if self._service.failed:
+                self.should_exit = True
             await asyncio.sleep(1)

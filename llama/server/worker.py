@@ -13,6 +13,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+import torch
+
 from llama import log
 from llama.errors import DeviceError
 from llama.output import News, Output
@@ -29,6 +31,7 @@ class Worker:
 
     def __init__(self, build: "Callable[[], Llama]") -> None:
         self.built: Future[Llama] = Future()
+        self.ended: Future[None] = Future()  # when no step is taken any more; with an error, because none can be
         self._posted: SimpleQueue[Callable[[Engine], None] | None] = SimpleQueue()
         self._news: SimpleQueue[News | None] = SimpleQueue()
         self._live: dict[Output, None] = {}
@@ -62,7 +65,15 @@ class Worker:
             self.built.set_exception(error)
             return
         self.built.set_result(llama)
-        engine = llama.engine
+        try:
+            self._work(llama.engine)
+            self.ended.set_result(None)
+        except Exception as error:
+            reason = f"the engine cannot go on ({type(error).__name__}: {error!s:.200})"
+            self.ended.set_exception(DeviceError(reason))
+
+    def _work(self, engine: "Engine") -> None:
+        """Do what is posted and take steps until told to end. Raises what leaves the engine, or its device, broken."""
         while True:
             if engine.idle or not self._posted.empty():
                 action = self._posted.get()
@@ -74,6 +85,8 @@ class Worker:
                 action(engine)
             except Exception as error:  # out of memory, say: nobody knows whose fault it is, and all may go on anew
                 self._fail(engine, error)
+                if engine.model.device.type == "cuda":
+                    torch.cuda.synchronize(engine.model.device)  # after some errors all that CUDA is asked for fails
             self._hand_over()
 
     def _add(self, outputs: Sequence[Output], engine: "Engine") -> None:

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -202,11 +204,40 @@ def test_curl(served: Service) -> None:
     ({"prompt": "word " * 600}, 400, "leaves no room"), ({"prompt": "word " * 20_000}, 400, "100000 characters"),
     ({"prompt": "a", "suffix": "b"}, 400, "cannot be filled in"),
     ({"prompt": "a", "logit_bias": {"99999": 1}}, 400, "token 99999"),
+    ({"prompt": "a", "logit_bias": {str(token): 1 for token in range(1025)}}, 400, "logit_bias asks for 1025"),
+    ({"prompt": "a", "temperature": [1] * 100_000}, 400, " …"),
+    (b'{"prompt": "a", "temperature": ' + b"[" * 900 + b"]" * 900 + b"}", 400, "nested too deeply"),
+    (b'{"prompt": "a", "guided_json": ' + b'{"a":' * 201 + b"1" + b"}" * 202, 400, "nested too deeply"),
+    (b"{" + b"".join(b'"%d": 1,' % number for number in range(50_000)) + b'"49999": 1}', 400, "'49999' stands twice"),
+    ({"prompt": "a", "guided_choice": ["a" * 70_000]}, 400, "at most 65536 are compiled here"),
+    ({"prompt": "a", "n": 27, "logprobs": 20, "max_tokens": 500}, 400, "are 270000 log-probabilities: at most 262144"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said(served: Service, body: Any, status: int, said: str) -> None:
+    """Soon, and without repeating all that was sent."""
+    begun = time.monotonic()
     answer = served.post("completions", body)
+    assert time.monotonic() - begun < 10 and len(answer.content) < 2000
     assert answer.status_code == status and said in answer.json()["error"]["message"], answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_numbers_at_the_ends_of_their_ranges_harm_nobody(served: Service) -> None:
+    """A step that fails would end all that runs."""
+    huge, own = 10**29, {"prompt": "Once upon a time", "max_tokens": 200, "min_gen_len": 200}
+    bodies = [
+        {"logit_bias": {"5": huge}}, {"logit_bias": {"5": -huge, "6": 1.5}}, {"presence_penalty": huge},
+        {"frequency_penalty": -huge}, {"repetition_penalty": huge}, {"repetition_penalty": 1e-30, "logprobs": 20},
+        {"temperature": huge}, {"temperature": 1e-320}, {"top_k": 2**31}, {"top_p": 1e-320}, {"seed": 2**64 - 1},
+        {"logit_bias": {"5": 1e30, "6": -1e30}, "repetition_penalty": 1e30, "presence_penalty": -1e30, "logprobs": 20},
+        {"num_beams": 16, "length_penalty": -100}, {"stop_token_ids": list(range(256))}, {"max_tokens": 0},
+        {"bad_words": [[5] * 64] * 256}, {"logit_bias": {str(token): -1e30 for token in range(1024)}},
+    ]  # fmt: skip
+    expected = served.complete(**own)["choices"][0]["text"]
+    with ThreadPoolExecutor(len(bodies) + 1) as threads:
+        beside = threads.submit(lambda: served.complete(**own)["choices"][0]["text"])
+        answers = threads.map(lambda more: served.post("completions", {"prompt": "a", "max_tokens": 9, **more}), bodies)
+        assert [answer.text for answer in answers if answer.status_code != 200] == []
+        assert beside.result() == expected
 
 
 def test_what_it_says_of_itself(served: Service) -> None:
@@ -220,4 +251,30 @@ def test_what_it_says_of_itself(served: Service) -> None:
     text = served.http.get("/metrics").text
     assert 'llama_requests_total{path="/v1/completions",status="200"}' in text
     assert served.http.get("/v1/models/other").status_code == 404
-    assert httpx.delete(f"{served.url}/v1/models").status_code == 405
+    wrong = httpx.delete(f"{served.url}/v1/models")
+    assert wrong.status_code == 405 and wrong.headers["allow"] in wrong.json()["error"]["message"]
+    assert "'DELETE' is not answered here: use " in wrong.text and "GET" in wrong.headers["allow"]
+
+
+def test_metrics_are_prometheuss_text(served: Service) -> None:
+    """As its exposition format says: https://prometheus.io/docs/instrumenting/exposition_formats/"""
+    answer = served.http.get("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8" and answer.text.endswith("\n")
+    kinds: dict[str, str] = {}
+    samples: dict[str, list[float]] = {}
+    for line in answer.text.splitlines():
+        if found := re.fullmatch(r"# HELP (llama_[a-z_]+) [ -~]+", line):
+            assert found[1] not in kinds, "a metric's lines stand together"
+        elif found := re.fullmatch(r"# TYPE (llama_[a-z_]+) (counter|gauge|histogram)", line):
+            kinds[found[1]] = found[2]
+        else:
+            found = re.fullmatch(r'(llama_[a-z_]+)(\{[a-z_]+="[^"\\\n]*"(,[a-z_]+="[^"\\\n]*")*\})? (\S+)', line)
+            assert found, line
+            name = found[1]
+            if kinds[last := list(kinds)[-1]] == "histogram":
+                name = re.sub("_(bucket|sum|count)$", "", name)
+            assert name == last and (kinds[name] == "counter") == name.endswith("_total")
+            samples.setdefault(found[1], []).append(float(found[4]))
+    buckets = samples["llama_time_to_first_token_seconds_bucket"]
+    assert buckets == sorted(buckets) and buckets[-1:] == samples["llama_time_to_first_token_seconds_count"]
+    assert 'le="+Inf"' in answer.text and set(kinds.values()) == {"counter", "gauge", "histogram"}

@@ -10,7 +10,11 @@ import psutil
 import pytest
 from services import Service, httpx, service
 
-LIMITS = {"HEAD_SECONDS": 1, "BODY_SECONDS": 1, "STALL_SECONDS": 2}  # in the place of 10 and more
+from llama.server.connections import Connection
+from llama.server.limits import STALL_SECONDS
+
+# In the place of 10 seconds and more, and of 64 MiB.
+LIMITS = {"HEAD_SECONDS": 1, "BODY_SECONDS": 1, "STALL_SECONDS": 2, "BODIES_BYTES": 7 << 20}
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -63,6 +67,24 @@ def test_a_body_that_does_not_say_so_is_read_up_to_the_limit(served: Service) ->
     assert served.complete("Mia")
 
 
+def test_bodies_that_are_read_at_once_have_one_limit(served: Service) -> None:
+    """What a client sends more is not kept; who is done makes room."""
+    size = 4_000_000
+    with connect(served, f"{HEAD}Content-Length: {size + 1}\r\n\r\n{' ' * size}"):
+        time.sleep(0.3)  # until it is read; after a second it is given up
+        answer = served.post("completions", b" " * size)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert "too many bodies" in answer.text
+    assert served.post("completions", b" " * size).status_code == 400
+
+
+@pytest.mark.parametrize("size", [5_000_000, 30_000_000])
+def test_a_client_that_sends_too_much_is_told_so(served: Service, size: int) -> None:
+    """It looks for an answer when it has sent all."""
+    answer = served.post("completions", b" " * size)
+    assert answer.status_code == 413 and "more than 4194304 bytes" in answer.json()["error"]["message"]
+
+
 def test_a_head_that_is_too_large(served: Service) -> None:
     with connect(served, f"{HEAD}X: {'a' * 40_000}\r\n") as one:
         assert answer_of(one).startswith("HTTP/1.1 400 ")
@@ -87,19 +109,44 @@ def test_a_body_that_does_not_come(served: Service) -> None:
         assert answer_of(one).startswith("HTTP/1.1 408 ")
 
 
-def test_a_stream_that_nobody_reads() -> None:
+def test_a_stream_that_nobody_reads(served: Service) -> None:
     """It is dropped with its requests; until then it holds no more than its completion."""
-    body = json.dumps({"prompt": "Once", "stream": True, "min_gen_len": 2000, "max_tokens": 2000, "temperature": 1,
-                       "n": 8, "logprobs": 20})  # fmt: skip
-    with service(limits=LIMITS) as running, socket.socket() as one:
-        before = memory(running)
+    before, made = memory(served), served.metric("completion_tokens_total")
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": True, "min_gen_len": 1600, "n": 8,
+                       "max_tokens": 1600, "temperature": 1, "logprobs": True, "top_logprobs": 20})  # fmt: skip
+    with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        one.connect(("127.0.0.1", running.port))
-        one.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        running.wait_for("requests_running", 8)
-        running.wait_for("requests_running", 0, seconds=30)
-        assert running.metric("completion_tokens_total") < 16_000, "they ran to their ends"
-        assert memory(running) - before < 150e6
+        one.connect(("127.0.0.1", served.port))
+        one.sendall(f"{HEAD.replace('comp', 'chat/comp')}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        served.wait_for("requests_running", 8)
+        served.wait_for("requests_running", 0, seconds=30)
+        assert served.metric("completion_tokens_total") - made < 12_800, "they ran to their ends"
+        assert memory(served) - before < 150e6
+
+
+class Transport:
+    """What `Connection` asks of a connection that is written to: so many bytes wait for its reader."""
+
+    waits = 0
+
+    def get_write_buffer_size(self) -> int:
+        return self.waits
+
+    def is_closing(self) -> bool:
+        return True
+
+
+def test_a_slow_reader_is_no_stalled_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = object.__new__(Connection)
+    one.transport = Transport()
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for one.transport.waits in (9000, 8000, 7000, 6000):
+        assert one.look() == STALL_SECONDS
+        now += STALL_SECONDS - 1
+    assert one.look() == 1
+    now += 2
+    assert one.look() == -1, "nothing was taken"
 
 
 @pytest.mark.parametrize("path", [
@@ -113,9 +160,11 @@ def test_no_path_leads_elsewhere(served: Service, path: str) -> None:
 
 
 def test_a_thousand_connections_do_not_keep_others_out() -> None:
+    """Neither those whose head does not come nor those whose body does not."""
     with service("--max_seq_len", "128") as running, ExitStack() as stack:
-        for _ in range(1000):
-            stack.enter_context(connect(running, "GET /"))
+        for number in range(1000):
+            data = "GET /" if number < 400 else f"{HEAD}Content-Length: 1000\r\n\r\n{{"
+            stack.enter_context(connect(running, data))
         for _ in range(3):
             with httpx.Client(base_url=running.url, timeout=30) as client:
                 body = {"prompt": "Mia", "max_tokens": 3}
@@ -129,7 +178,8 @@ KEY = "right-key"
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Service]:
-    with service("--host", "0.0.0.0", "--max_seq_len", "128", LLAMA_API_KEY=KEY) as running:
+    flags = ["--max_seq_len", "128", "--max_prompt_tokens", "20", "--max_completion_tokens", "10"]
+    with service("--host", "0.0.0.0", *flags, LLAMA_API_KEY=KEY) as running:
         yield running
 
 
@@ -145,10 +195,22 @@ def test_without_the_key_nothing_is_said(locked: Service, given: str | None, pat
     assert KEY not in answer.text
 
 
+def test_a_request_keeps_to_the_limits_of_the_options(locked: Service) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = locked.post("completions", {"prompt": "dog " * 20}, headers=headers)
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+    answer = locked.post("completions", {"prompt": "dog", "max_tokens": 11}, headers=headers)
+    assert answer.status_code == 400 and "max_tokens=11 is more than the 10 tokens" in answer.text
+    answer = locked.post("completions", {"prompt": "dog", "min_gen_len": 10}, headers=headers).json()
+    assert answer["usage"]["completion_tokens"] == 10 and answer["choices"][0]["finish_reason"] == "length"
+
+
 def test_with_the_key_it_answers_by_any_name(locked: Service) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "Host": "my.service.example"}
     assert httpx.get(f"http://127.0.0.1:{locked.port}/v1/models", headers=headers).status_code == 200
     assert httpx.get(f"http://127.0.0.1:{locked.port}/health").status_code == 200
+    headers["Host"] = "[odd"
+    assert httpx.get(f"http://127.0.0.1:{locked.port}/nowhere", headers=headers).status_code == 404
     assert KEY not in locked.log.read_text()
 
 
@@ -166,6 +228,17 @@ def test_a_name_that_others_make_lead_here_is_refused(served: Service, host: str
 def test_a_page_from_elsewhere_is_refused(served: Service, origin: str) -> None:
     answer = served.post("completions", {"prompt": "a"}, headers={"Origin": origin, "Content-Type": "text/plain"})
     assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(("path", "site", "status"), [
+    ("/v1/models", "cross-site", 403), ("/metrics", "same-site", 403), ("/health", "cross-site", 403),
+    ("/v1/models", "same-origin", 200), ("/v1/models", "none", 200), ("/", "cross-site", 200),
+])  # fmt: skip
+def test_what_a_page_asks_without_an_origin(served: Service, path: str, site: str, status: int) -> None:
+    """As an image's address, say; a link may lead to the page."""
+    answer = served.http.get(path, headers={"Sec-Fetch-Site": site})
+    assert answer.status_code == status
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
 
 
 def test_the_services_own_page_is_not(served: Service) -> None:

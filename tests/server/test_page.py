@@ -12,7 +12,8 @@ from llama import SamplingParams
 
 DOG = "What sound does a dog make?"
 HOSTILE = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>&amp;"
-LONG = {"min_gen_len": 1900, "max_tokens": 1900}
+LONG = {"min_gen_len": 8000, "max_tokens": 8000}
+ROOM = ("--max_seq_len", "8192")
 # Bodies are kept, and fields added that the page has no setting for.
 _LISTEN = """
     const fetched = fetch, more = arguments[0];
@@ -27,7 +28,7 @@ _LISTEN = """
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Service]:
-    with service() as running:
+    with service(*ROOM) as running:
         yield running
 
 
@@ -319,7 +320,7 @@ def test_nothing_is_asked_but_the_service_and_nothing_else_can_run(page: Page) -
 
 
 def test_a_key_a_full_queue_and_the_end_of_the_service(browser: Any) -> None:
-    with service("--api_key", "secret", "--max_batch_size", "1", "--max_queue", "0") as running:
+    with service("--api_key", "secret", "--max_batch_size", "1", "--max_queue", "0", *ROOM) as running:
         page = Page(browser, running)
         key = page.one("#key")
         page.wait(key.is_displayed)
