@@ -55,13 +55,13 @@ class Ours:
         stored = folder if precision == "bf16" else folder / precision
         paths = (str(stored), str(folder / "tokenizer.model"))
         self.llama = Llama.build(*paths, max_seq_len, sequences, device="cpu", **options)
+        self.llama.end_ids = set()  # the peers end no text either, and masking the end would take time
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> None:
         from llama import SamplingParams
 
         self.llama.engine.clear_prefix_cache()
-        params = SamplingParams(temperature=0, max_gen_len=new_tokens, min_gen_len=new_tokens)
-        self.llama.generate(prompts, params=params)
+        self.llama.generate(prompts, params=SamplingParams(temperature=0, max_gen_len=new_tokens))
 
 
 def build(runner: str, folder: Path, precision: str) -> Any:

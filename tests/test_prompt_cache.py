@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llama import Llama, LlamaError
+from llama import Llama, LlamaError, parallel
 from llama.checkpoint import fingerprint
 from llama.errors import DeviceError, PromptCacheError, PromptError
 
@@ -203,6 +203,18 @@ def test_a_model_whose_places_are_all_in_use_refuses(build: Build, file: Path) -
         llama.load_prefix(file)
     stream.close()
     assert llama.load_prefix(file)
+
+
+def test_a_model_that_is_split_has_no_prompt_cache(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process holds a part of the KV cache."""
+    llama = build()
+    monkeypatch.setattr(parallel, "model_parallel_size", lambda: 2)
+    for call in (llama.prefix_made_with, lambda: llama.save_prefix(PROMPT, tmp_path / "cache")):
+        with pytest.raises(DeviceError, match="split over 2 processes, each with a part of the KV cache"):
+            call()
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_model_not_built_from_files_has_no_prompt_cache(demo: Llama, tmp_path: Path) -> None:
