@@ -33,7 +33,7 @@ class Part:
 
     def drop(self) -> None:
         for tensor in self.mapped:
-            release_pages(tensor)
+            release_pages(tensor, for_good=True)
         for name in self.made:
             self.maker.drop(name)
 
