@@ -8,7 +8,7 @@ import torch
 
 from llama import log, parallel
 from llama.chat import ChatFormat
-from llama.checkpoint import loader
+from llama.checkpoint import loader, placing
 from llama.checkpoint.fingerprint import fingerprint_of
 from llama.checkpoint.source import Source, open_source
 from llama.checkpoint.verify import verify
@@ -42,7 +42,8 @@ class Loaded:
 
 def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
     """The model of a checkpoint folder, as the options say, and its tokenizer."""
-    device, dtype = choose_device(options.device), parse_dtype(options.dtype)
+    device = choose_device(placing.main_device(options) if options.places else options.device)
+    dtype = parse_dtype(options.dtype)
     check_kv_dtype(options.kv_dtype, device)
     if options.speculate and device.type != "cpu":
         raise DeviceError(
@@ -65,7 +66,8 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
         max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size,
     )  # fmt: skip
     fingerprint = fingerprint_of(source.files)
-    model = loader.load(source, args, options, device, dtype)
+    placement = placing.place(args, options, source, device, dtype) if options.places else None
+    model = loader.load(source, args, options, device, dtype, placement)
     if options.compile:
         from llama.model.compiled import compile_layers  # it brings in half of a compiler
 

@@ -34,12 +34,14 @@ from llama.model.linear import ColumnLinear
 from llama.model.transformer import Transformer
 from llama.options import RunOptions
 from llama.parallel import model_parallel_rank, model_parallel_size
+from llama.placement import Placement
 from llama.progress import bar_of_bytes
 
 
 def load(
-    source: Source, args: ModelArgs, options: RunOptions, device: torch.device, dtype: torch.dtype | None
-) -> Transformer:
+    source: Source, args: ModelArgs, options: RunOptions, device: torch.device, dtype: torch.dtype | None,
+    placement: Placement | None = None,
+) -> Transformer:  # fmt: skip
     """This rank's part of a model of these sizes, in `dtype` (None: see `choose_dtype`) on `device`.
 
     All that can be checked is checked first. Raises CheckpointError where the tensors do not fit `args`, DeviceError
