@@ -42,8 +42,7 @@ class Loaded:
 
 def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
     """The model of a checkpoint folder, as the options say, and its tokenizer."""
-    device = choose_device(placing.main_device(options) if options.places else options.device)
-    dtype = parse_dtype(options.dtype)
+    device, dtype = _device(options), parse_dtype(options.dtype)
     check_kv_dtype(options.kv_dtype, device)
     if options.speculate and device.type != "cpu":
         raise DeviceError(
@@ -85,6 +84,15 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
         )
     return Loaded(model, tokenizer, (*source.described_by, *source.files), fingerprint, source.end_ids,
                   chat_format(folder, options.chat_template, tokenizer))  # fmt: skip
+
+
+def _device(options: RunOptions) -> torch.device:
+    """The device of the model, or the main one of those that it is laid over."""
+    if not options.places:
+        return choose_device(options.device)
+    main = placing.main_device(options)
+    placing.check_here(main)
+    return torch.device(main)
 
 
 def speculation(model: Transformer, options: RunOptions, max_step_tokens: int) -> Speculation | None:

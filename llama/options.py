@@ -83,7 +83,7 @@ class RunOptions:
     )
     device_map: str | dict[str, str] | None = field(
         default=None,
-        metadata={"help": 'layers over devices: auto, balanced, or {"layers.0-15": "cuda:0", …}; auto with limits.'},
+        metadata={"help": 'layers over devices: auto (so with limits), balanced, or {"layers.0-15": "cuda:0", …}.'},
     )
 
     def __post_init__(self) -> None:

@@ -89,8 +89,8 @@ def is_here(device: str) -> bool:
     return torch.backends.mps.is_available() if kind == "mps" else True
 
 
-def free_bytes(device: str) -> int:
-    """What it has free. Raises DeviceError where it is not here."""
+def check_here(device: str) -> None:
+    """Raise DeviceError unless this machine has it."""
     if not is_here(device):
         kind = device.partition(":")[0]
         count = torch.cuda.device_count() if kind == "cuda" else 0
@@ -98,6 +98,11 @@ def free_bytes(device: str) -> int:
             f"the model is to be on {device}, but this machine has {count or 'no'} {kind.upper()}"
             f" device{'s' if count > 1 else ''}: leave it out of max_memory and device_map"
         )
+
+
+def free_bytes(device: str) -> int:
+    """What it has free. Raises DeviceError where it is not here."""
+    check_here(device)
     return memory.free_bytes(torch.device(device))
 
 
