@@ -8,7 +8,7 @@ import torch
 
 from llama import log, parallel
 from llama.chat import ChatFormat
-from llama.checkpoint import loader
+from llama.checkpoint import loader, placing
 from llama.checkpoint.fingerprint import fingerprint_of
 from llama.checkpoint.source import Source, open_source
 from llama.checkpoint.verify import verify
@@ -42,7 +42,7 @@ class Loaded:
 
 def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
     """The model of a checkpoint folder, as the options say, and its tokenizer."""
-    device, dtype = choose_device(options.device), parse_dtype(options.dtype)
+    device, dtype = _device(options), parse_dtype(options.dtype)
     check_kv_dtype(options.kv_dtype, device)
     if options.speculate and device.type != "cpu":
         raise DeviceError(
@@ -65,7 +65,8 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
         max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size,
     )  # fmt: skip
     fingerprint = fingerprint_of(source.files)
-    model = loader.load(source, args, options, device, dtype)
+    placement = placing.place(args, options, source, device, dtype) if options.places else None
+    model = loader.load(source, args, options, device, dtype, placement)
     if options.compile:
         from llama.model.compiled import compile_layers  # it brings in half of a compiler
 
@@ -83,6 +84,15 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
         )
     return Loaded(model, tokenizer, (*source.described_by, *source.files), fingerprint, source.end_ids,
                   chat_format(folder, options.chat_template, tokenizer))  # fmt: skip
+
+
+def _device(options: RunOptions) -> torch.device:
+    """The device of the model, or the main one of those that it is laid over."""
+    if not options.places:
+        return choose_device(options.device)
+    main = placing.main_device(options)
+    placing.check_here(main)
+    return torch.device(main)
 
 
 def speculation(model: Transformer, options: RunOptions, max_step_tokens: int) -> Speculation | None:
@@ -128,8 +138,9 @@ def chosen(model: Transformer, options: RunOptions) -> str:
     bits = f"{held} weights, " if held != str(model.dtype).removeprefix("torch.") else ""
     cache = f", cache in {model.kv_dtype}" if model.kv_dtype else ""
     drafts = f", speculate={options.speculate}" if options.speculate else ""
+    where = ", ".join(model.placement.devices) if model.placement else model.device
     return (
-        f"{bits}{str(model.dtype).removeprefix('torch.')}{cache} on {model.device}, {split}{replicas},"
+        f"{bits}{str(model.dtype).removeprefix('torch.')}{cache} on {where}, {split}{replicas},"
         f" max_seq_len={options.max_seq_len}, max_batch_size={options.max_batch_size}{drafts}"
     )
 

@@ -9,7 +9,7 @@ from llama.errors import DeviceError, ParameterError
 from llama.wording import in_units
 
 CPU = "cpu"
-AT_ONCE = 2  # layers of the disk that are in memory: the one that is computed, and the next
+AT_ONCE = 2  # parts of the disk that are in memory: the one that is computed, and the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class Share:
     @property
     def words(self) -> str:
         """Such as "embeddings, layers 0-15"."""
-        parts = (EMBEDDINGS * self.embeddings, layers_in_words(self.layers) if self.layers else "", OUTPUT * self.output)
-        return ", ".join(filter(None, parts))
+        layers = layers_in_words(self.layers) if self.layers else ""
+        return ", ".join(filter(None, (EMBEDDINGS * self.embeddings, layers, OUTPUT * self.output)))
 
 
 def memory_of(device: str, limits: Mapping[str, int]) -> str:
@@ -91,27 +91,36 @@ def shares(parts: Parts, placement: Placement, limits: Mapping[str, int]) -> tup
         weights = embeddings * parts.embeddings + len(layers) * parts.layer + output * parts.output
         workspace = output * parts.logits + (0 if owner in computing else parts.activations)
         if device == DISK:
-            workspace += AT_ONCE * max(parts.layer if layers else 0, output * parts.output)
+            read = (embeddings * parts.embeddings, parts.layer if layers else 0, output * parts.output)
+            workspace += AT_ONCE * max(read)
         computing.add(owner)
         found.append(Share(device, owner, layers, embeddings, output, weights, len(layers) * parts.cache, workspace))
     return tuple(found)
 
 
 def check(parts: Parts, placement: Placement, limits: Mapping[str, int]) -> None:
-    """Raise DeviceError, which says what does not fit and by how much, unless each device's share is within its limit."""
+    """Raise DeviceError, which says what does not fit and by how much, unless each share is within its limit."""
     found = shares(parts, placement, limits)
     for owner in dict.fromkeys(share.memory_of for share in found):
         own = [share for share in found if share.memory_of == owner]
-        needed, limit = sum(share.memory for share in own), limits[owner]
-        if needed > limit:
-            what = " and ".join(s.words if s.device == owner else f"{s.words} of {s.device}" for s in own)
-            weights = sum(share.weights for share in own if share.device != DISK)
-            cache, workspace = (sum(getattr(share, name) for share in own) for name in ("cache", "workspace"))
-            raise DeviceError(
-                f"not enough memory on {owner} for {what}: weights {in_units(weights)} + KV cache {in_units(cache)}"
-                f" + workspace {in_units(workspace)} are {in_units(needed - limit)} more than its {in_units(limit)}:"
-                " choose a smaller max_seq_len or max_batch_size, or another max_memory or device_map"
-            )
+        if sum(share.memory for share in own) > limits[owner]:
+            raise DeviceError(_lacks(owner, own, limits[owner]))
+
+
+def _lacks(owner: str, own: Sequence[Share], limit: int) -> str:
+    """That those shares do not fit into the device's memory."""
+    where = {owner: "", DISK: " on the disk"}
+    what = " and ".join(share.words + where.get(share.device, f" on {share.device}") for share in own)
+    sizes = {
+        "weights": sum(share.weights for share in own if share.device != DISK),
+        "KV cache": sum(share.cache for share in own),
+        "workspace": sum(share.workspace for share in own),
+    }
+    needs = " + ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
+    return (
+        f"not enough memory on {owner} for {what}: {needs} are {in_units(sum(sizes.values()) - limit)} more than its"
+        f" {in_units(limit)}: choose a smaller max_seq_len or max_batch_size, or another max_memory or device_map"
+    )
 
 
 def plan(parts: Parts, device_map: str | Mapping[str, str], limits: Mapping[str, int]) -> Placement:
@@ -123,15 +132,18 @@ def plan(parts: Parts, device_map: str | Mapping[str, str], limits: Mapping[str,
     the first layer and the output beside the last, where there is one. Raises ParameterError for a table that is none
     of this model's, and DeviceError where there is no room.
     """
-    if not isinstance(device_map, str):
-        placement = explicit(device_map, parts.n_layers)
-    else:
-        order = [*sorted(limits, key=_place), DISK]
-        ends = product(order, order)
-        maps = (_filled(parts, ends, limits, spread=device_map == BALANCED) for ends in ends)
-        placement = min(maps, key=lambda found: _cost(parts, found, limits, order))
+    placement = arrange(parts, device_map, limits)
     check(parts, placement, limits)
     return placement
+
+
+def arrange(parts: Parts, device_map: str | Mapping[str, str], limits: Mapping[str, int]) -> Placement:
+    """The same, even where it does not fit: then what lacks least."""
+    if not isinstance(device_map, str):
+        return explicit(device_map, parts.n_layers)
+    order = [*sorted(limits, key=_place), DISK]
+    maps = (_filled(parts, ends, limits, spread=device_map == BALANCED) for ends in product(order, order))
+    return min(maps, key=lambda found: _cost(parts, found, limits, order))
 
 
 def _place(device: str) -> tuple[bool, bool, int]:
@@ -161,28 +173,32 @@ def _filled(parts: Parts, ends: tuple[str, str], limits: Mapping[str, int], *, s
             counts[device] += more
             left -= more
     if CPU in counts:
-        counts[CPU] = _on_cpu(parts, left, room[CPU] - (output == DISK) * parts.logits, output == DISK)
+        largest = max((embeddings == DISK) * parts.embeddings, (output == DISK) * parts.output)
+        counts[CPU] = _on_cpu(parts, left, room[CPU] - (output == DISK) * parts.logits, largest)
     layers = [device for device, count in counts.items() for _ in range(count)]
     return Placement(embeddings, (*layers, *[DISK] * (parts.n_layers - len(layers))), output)
 
 
-def _on_cpu(parts: Parts, layers: int, room: int, output_on_disk: bool) -> int:
-    """How many of the layers have their weights in the CPU's memory; the cache of all of them is there."""
-    at_once = AT_ONCE * parts.output * output_on_disk
-    if layers * (parts.layer + parts.cache) <= room - at_once:
+def _on_cpu(parts: Parts, layers: int, room: int, largest: int) -> int:
+    """How many of the layers have their weights in the CPU's memory; the cache of all of them is there.
+
+    `largest` is that of the other parts on the disk.
+    """
+    if layers * (parts.layer + parts.cache) <= room - AT_ONCE * largest:
         return layers
-    at_once = max(at_once, AT_ONCE * parts.layer)
+    at_once = AT_ONCE * max(parts.layer, largest)
     return max(0, min(layers - 1, (room - at_once - layers * parts.cache) // parts.layer))
 
 
 def _cost(parts: Parts, placement: Placement, limits: Mapping[str, int], order: Sequence[str]) -> tuple[int, ...]:
     """Less is better: bytes that do not fit, then what a step reads from the disk, then what it reads on the CPU."""
     used: dict[str, int] = {}
-    read = {True: 0, False: 0}
+    read = {True: 0, False: 0}  # whether from the disk: bytes; in memory a step needs few rows of the embeddings
     for share in shares(parts, placement, limits):
         used[share.memory_of] = used.get(share.memory_of, 0) + share.memory
         if on_host(share.device):
-            read[share.device == DISK] += share.weights - share.embeddings * parts.embeddings
+            unread = parts.embeddings if share.embeddings and share.device != DISK else 0
+            read[share.device == DISK] += share.weights - unread
     too_much = sum(max(0, needed - limits[device]) for device, needed in used.items())
     apart = (placement.embeddings != placement.layers[0]) + (placement.output != placement.layers[-1])
     return (too_much, read[True], read[False], apart, order.index(placement.embeddings), order.index(placement.output))

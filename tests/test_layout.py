@@ -38,10 +38,11 @@ WITHOUT_TORCH = {
     "cli.score", "cli.shell", "cli.token_view",
     "batch", "batch.identity", "batch.input", "batch.lines", "batch.openai", "batch.records", "batch.results", "engine",
     "engine.drafts", "engine.scheduler", "checkpoint", "checkpoint.checklist", "checkpoint.resharding", "quantization",
-    "quantization.formats", "options", "device_map", "placement", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
+    "quantization.formats", "options", "predictions", "chat", "tokenizer", "request", "progress", "interrupts", "paths",
     "errors", "wording", "log", "script", "gate", "checkpoint.find", "openai",
     "text", "text.json_tokenizer", "text.tokenizer_files", "text.template", "text.chat_files", "text.gguf_tokenizer",
     "text.step_chat", "gguf", "infilling", "grammar", "response_format", "windows",
+    "device_map", "placement",
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llama.placement import DISK
+from llama.device_map import DISK
 
 CPU = torch.device("cpu")
 
