@@ -97,7 +97,8 @@ def test_every_rank_gets_its_slices(
             monkeypatch.setattr(file, "model_parallel_size", lambda: processes)
         monkeypatch.setattr(loader, "model_parallel_rank", lambda rank=rank: rank)
         model = Transformer(ModelArgs(**params))
-        loader.fill(model, MetaFolder(folder), CPU, torch.float32)
+        held = loader.Held(CPU, torch.float32, torch.float32)
+        loader.fill(model, MetaFolder(folder), {name: held for name, _ in model.named_parameters()})
         assert_same(model, expected_parameters(weights, processes, rank))
 
 
