@@ -1,6 +1,7 @@
 """What `max_memory` and `device_map` come to on this machine: which devices count, what is refused before loading."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from conftest import DEMO
 
 from llama import Llama
 from llama.checkpoint import loader, memory, placing
+from llama.checkpoint.info import describe
+from llama.checkpoint.source import open_source
 from llama.errors import DeviceError, ParameterError
 from llama.options import RunOptions
 from llama.placement import Placement
-
-SIZES = {"max_seq_len": 128, "max_batch_size": 4}
 
 
 @pytest.fixture
@@ -30,23 +31,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def placed(monkeypatch: pytest.MonkeyPatch, build: Callable[..., Llama]) -> Callable[..., tuple[Any, Placement]]:
-    """The device and the placement with which `build` of the small model has the weights read: placed(options)."""
+def placed(ckpt_dir: Path) -> Callable[..., Placement]:
+    """The placement of the small model, in float32 and with 4 sequences of 128 tokens: placed(options)."""
+    source = open_source(ckpt_dir)
 
-    class Stop(Exception):
-        pass
-
-    def placed(**options: Any) -> tuple[Any, Placement]:
-        seen: list[Any] = []
-
-        def load(source: Any, args: Any, options: Any, device: Any, dtype: Any, placement: Any) -> None:
-            seen.extend((device, placement))
-            raise Stop
-
-        monkeypatch.setattr(loader, "load", load)
-        with pytest.raises(Stop):
-            build(**{"device": None, "dtype": "float32", **SIZES, **options})
-        return seen[0], seen[1]
+    def placed(max_batch_size: int = 4, **given: Any) -> Placement:
+        options = RunOptions(max_seq_len=128, max_batch_size=max_batch_size, **given)
+        args = replace(source.args, max_seq_len=128, max_batch_size=max_batch_size)
+        return placing.place(args, options, source, torch.device(placing.main_device(options)), torch.float32)
 
     return placed
 
@@ -90,44 +82,40 @@ def test_a_device_that_contradicts_the_map_is_refused(
 
 
 def test_devices_that_are_not_named_have_what_is_free(
-    machine: Callable[..., None], placed: Callable[..., tuple[Any, Placement]]
+    machine: Callable[..., None], placed: Callable[..., Placement]
 ) -> None:
     """The small model has 2 layers: on the machine's two GPUs, on one of them, and on the CPU's memory alone."""
     machine(10**9, 10**9, 10**9)
-    assert placed(device_map="auto") == (torch.device("cuda:0"), Placement("cuda:0", ("cuda:0",) * 2, "cuda:0"))
-    device, balanced = placed(device_map="balanced")
-    assert balanced.layers == ("cuda:0", "cuda:1")
-    device, alone = placed(max_memory={"cuda:1": "1GB"})
-    assert device == torch.device("cuda:1") and set(alone.layers) == {"cuda:1"}
-    device, on_cpu = placed(device_map="auto", device="cpu")
-    assert device == torch.device("cpu") and on_cpu == Placement("cpu", ("cpu",) * 2, "cpu")
+    assert placed(device_map="auto") == Placement("cuda:0", ("cuda:0",) * 2, "cuda:0")
+    assert placed(device_map="balanced").devices == ("cuda:0", "cuda:1")
+    assert placed(max_memory={"cuda:1": "1GB"}).devices == ("cuda:1",)
+    assert placed(device_map="auto", device="cuda:1").devices == ("cuda:1",)
+    assert placed(device_map="auto", device="cpu") == Placement("cpu", ("cpu",) * 2, "cpu")
+    assert placed(device_map={"layers.0": "disk", "layers.1": "cpu:1"}).devices == ("disk", "cpu:1")
 
 
 def test_layers_for_which_there_is_no_memory_are_on_the_disk(
-    machine: Callable[..., None], placed: Callable[..., tuple[Any, Placement]], build: Callable[..., Llama]
+    machine: Callable[..., None], placed: Callable[..., Placement], build: Callable[..., Llama]
 ) -> None:
-    """One byte less than all, and at last no room for what is beside the weights."""
+    """One byte less than all needs."""
     machine(10**9)
     args = build().model.params
     needed = memory.need(args, torch.float32, 1, 512)
     whole = needed.weights + 4 * 128 * needed.cache_per_token + needed.workspace
-    assert placed(max_memory={"cpu": whole})[1].layers == ("cpu",) * 2
-    assert "disk" in (placement := placed(max_memory={"cpu": whole - 1})[1]).layers or placement.output == "disk"
+    assert placed(max_memory={"cpu": whole}, device="cpu").devices == ("cpu",)
+    less = placed(max_memory={"cpu": whole - 1}, device="cpu")
+    assert "disk" in less.devices
     machine(whole - 1)
-    assert placed(device_map="auto")[1] == placement
-    with pytest.raises(DeviceError, match=r"^not enough memory on cpu for "):
-        placed(max_memory={"cpu": 1000})
+    assert placed(device_map="auto", device="cpu") == less
 
 
-def test_what_is_granted_must_be_free_too(
-    machine: Callable[..., None], placed: Callable[..., tuple[Any, Placement]]
-) -> None:
+def test_what_is_granted_must_be_free_too(machine: Callable[..., None], placed: Callable[..., Placement]) -> None:
     machine(10**6, 10**9)
-    with pytest.raises(DeviceError, match=r"^not enough memory on cpu .* more than its 1\.00 MB"):
+    with pytest.raises(DeviceError, match=r"^not enough memory on cpu .* on cpu:0: .* more than its 1\.00 MB"):
         placed(device_map={"layers.0-1": "cpu:0"}, max_memory={"cpu:0": "1GB"})
     placed(max_memory={"cuda:0": "1GB"})
     with pytest.raises(DeviceError, match=r"^not enough memory on cuda:0 .* more than its 1\.00 GB"):
-        placed(max_memory={"cuda:0": "9GB"}, max_batch_size=10**5)
+        placed(max_memory={"cuda:0": "1TB"}, max_batch_size=10**5)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +127,11 @@ def test_what_is_granted_must_be_free_too(
     ],
 )  # fmt: skip
 def test_a_device_that_is_not_here_is_refused(
-    machine: Callable[..., None], build: Callable[..., Llama], options: dict[str, Any], said: str
+    machine: Callable[..., None], placed: Callable[..., Placement], options: dict[str, Any], said: str
 ) -> None:
     machine(10**9, 10**9)
     with pytest.raises(DeviceError) as error:
-        build(device=None, **options)
+        placed(**options)
     assert str(error.value) == f"the model is to be on {said}: leave it out of max_memory and device_map"
 
 
@@ -153,9 +141,26 @@ def test_several_processes_are_refused(build: Callable[..., Llama], monkeypatch:
         build(device_map="auto")
 
 
+def test_a_gpu_that_is_not_here_is_refused_by_build(
+    machine: Callable[..., None], build: Callable[..., Llama], ckpt_dir: Path
+) -> None:
+    """Though its limit is given, with which `llama info` plans for another machine."""
+    machine(10**9)
+    options: dict[str, Any] = {"max_memory": {"cuda:0": "5GiB"}}
+    assert describe(ckpt_dir, 128, 4, **options)["placement"]["fits"]
+    with pytest.raises(DeviceError, match=r"^the model is to be on cuda:0, but this machine has no CUDA device"):
+        build(device=None, **options)
+
+
 def test_a_map_of_another_model_is_refused_before_anything_is_read(
     build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "load", lambda *given: pytest.fail("it was read"))
     with pytest.raises(ParameterError, match=r"^device_map has layers\.0-31, but the model has layers 0-3$"):
-        build(Path(DEMO), device_map={"layers.0-31": "cpu"})
+        build(DEMO, device_map={"layers.0-31": "cpu"})
+
+
+def test_the_model_is_placed_as_the_map_says(build: Callable[..., Llama]) -> None:
+    placement = Placement("cpu:0", ("cpu:0", "disk"), "cpu:1")
+    table = {"layers.0": "cpu:0", "layers.1": "disk", "output": "cpu:1"}
+    assert build(device_map=table).model.placement == placement
