@@ -138,7 +138,7 @@ def chosen(model: Transformer, options: RunOptions) -> str:
     bits = f"{held} weights, " if held != str(model.dtype).removeprefix("torch.") else ""
     cache = f", cache in {model.kv_dtype}" if model.kv_dtype else ""
     drafts = f", speculate={options.speculate}" if options.speculate else ""
-    where = ", ".join(model.placement.devices) if model.placement else model.device
+    where = str(model.device) if model.placement is None else model.placement.words
     return (
         f"{bits}{str(model.dtype).removeprefix('torch.')}{cache} on {where}, {split}{replicas},"
         f" max_seq_len={options.max_seq_len}, max_batch_size={options.max_batch_size}{drafts}"

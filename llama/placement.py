@@ -36,6 +36,18 @@ class Placement:
         """Each device once, in the order in which a token comes to it."""
         return tuple(dict.fromkeys((self.embeddings, *self.layers, self.output)))
 
+    @property
+    def words(self) -> str:
+        """Such as "cuda:0 (embeddings, layers 0-19) and cpu (layers 20-31, output)"."""
+        said = [f"{device} ({self.parts_on(device)})" for device in self.devices]
+        return " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
+
+    def parts_on(self, device: str) -> str:
+        """Such as "embeddings, layers 0-15"."""
+        layers = next((layers_in_words(layers) for stage, layers in self.stages if stage == device), "")
+        ends = (EMBEDDINGS * (device == self.embeddings), layers, OUTPUT * (device == self.output))
+        return ", ".join(filter(None, ends))
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -56,9 +68,8 @@ class Share:
 
     device: str
     memory_of: str  # the device whose limit counts
-    layers: range
-    embeddings: bool
-    output: bool
+    parts: str  # in words
+    layers: int
     weights: int  # of the disk: those in the files
     cache: int
     workspace: int
@@ -66,12 +77,6 @@ class Share:
     @property
     def memory(self) -> int:
         return self.cache + self.workspace + (0 if self.device == DISK else self.weights)
-
-    @property
-    def words(self) -> str:
-        """Such as "embeddings, layers 0-15"."""
-        layers = layers_in_words(self.layers) if self.layers else ""
-        return ", ".join(filter(None, (EMBEDDINGS * self.embeddings, layers, OUTPUT * self.output)))
 
 
 def memory_of(device: str, limits: Mapping[str, int]) -> str:
@@ -84,17 +89,18 @@ def shares(parts: Parts, placement: Placement, limits: Mapping[str, int]) -> tup
 
     Stages that share one memory run one after another, so their activations count once.
     """
-    runs, computing, found = dict(placement.stages), set(), []
+    computing, found = set(), []
     for device in placement.devices:
-        layers, owner = runs.get(device, range(0)), memory_of(device, limits)
+        layers, owner = placement.layers.count(device), memory_of(device, limits)
         embeddings, output = device == placement.embeddings, device == placement.output
-        weights = embeddings * parts.embeddings + len(layers) * parts.layer + output * parts.output
+        weights = embeddings * parts.embeddings + layers * parts.layer + output * parts.output
         workspace = output * parts.logits + (0 if owner in computing else parts.activations)
         if device == DISK:
             read = (embeddings * parts.embeddings, parts.layer if layers else 0, output * parts.output)
             workspace += AT_ONCE * max(read)
         computing.add(owner)
-        found.append(Share(device, owner, layers, embeddings, output, weights, len(layers) * parts.cache, workspace))
+        in_words, cache = placement.parts_on(device), layers * parts.cache
+        found.append(Share(device, owner, in_words, layers, weights, cache, workspace))
     return tuple(found)
 
 
@@ -110,7 +116,7 @@ def check(parts: Parts, placement: Placement, limits: Mapping[str, int]) -> None
 def _lacks(owner: str, own: Sequence[Share], limit: int) -> str:
     """That those shares do not fit into the device's memory."""
     where = {owner: "", DISK: " on the disk"}
-    what = " and ".join(share.words + where.get(share.device, f" on {share.device}") for share in own)
+    what = " and ".join(share.parts + where.get(share.device, f" on {share.device}") for share in own)
     sizes = {
         "weights": sum(share.weights for share in own if share.device != DISK),
         "KV cache": sum(share.cache for share in own),
@@ -127,10 +133,10 @@ def plan(parts: Parts, device_map: str | Mapping[str, str], limits: Mapping[str,
     """The placement that `device_map` asks for, within `limits`: the most bytes of each device, the CPU's among them.
 
     A table says where all is. Else layers go to the devices in order: accelerators, the CPU, the disk. "auto" fills
-    them one after another; "balanced" has the accelerators filled to about the same part. As little as can be is on the
-    disk, and then on the CPU, by the bytes that a step reads there. Of such maps it is one with the embeddings beside
-    the first layer and the output beside the last, where there is one. Raises ParameterError for a table that is none
-    of this model's, and DeviceError where there is no room.
+    them one after another; "balanced" has the accelerators filled to about the same part. Embeddings and output are
+    where a step then reads the fewest bytes from the disk, and after that on the CPU; where that makes no difference,
+    beside the first and the last layer. Raises ParameterError for a table that is none of this model's, and DeviceError
+    where there is no room.
     """
     placement = arrange(parts, device_map, limits)
     check(parts, placement, limits)
@@ -197,8 +203,8 @@ def _cost(parts: Parts, placement: Placement, limits: Mapping[str, int], order: 
     for share in shares(parts, placement, limits):
         used[share.memory_of] = used.get(share.memory_of, 0) + share.memory
         if on_host(share.device):
-            unread = parts.embeddings if share.embeddings and share.device != DISK else 0
-            read[share.device == DISK] += share.weights - unread
+            looked_up = parts.embeddings if share.device == placement.embeddings != DISK else 0
+            read[share.device == DISK] += share.weights - looked_up
     too_much = sum(max(0, needed - limits[device]) for device, needed in used.items())
     apart = (placement.embeddings != placement.layers[0]) + (placement.output != placement.layers[-1])
     return (too_much, read[True], read[False], apart, order.index(placement.embeddings), order.index(placement.output))

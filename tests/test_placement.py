@@ -1,7 +1,7 @@
 """Placements by arithmetic: maps worked out by hand, laws beside all that is possible, and what a map may say."""
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import combinations_with_replacement, product
 
 import pytest
 import torch
@@ -47,6 +47,7 @@ def test_two_unequal_cards_hold_seven_billion() -> None:
     placement = plan(parts(SEVEN, torch.bfloat16, 2048), "auto", limits)
     assert placement == Placement("cuda:0", ("cuda:0",) * 16 + ("cuda:1",) * 16, "cuda:1")
     assert placement.stages == (("cuda:0", range(16)), ("cuda:1", range(16, 32)))
+    assert placement.words == "cuda:0 (embeddings, layers 0-15) and cuda:1 (layers 16-31, output)"
 
 
 def test_embeddings_go_where_there_is_room_if_a_layer_is_then_not_on_the_cpu() -> None:
@@ -68,7 +69,7 @@ def test_what_the_memory_of_a_cpu_does_not_hold_is_on_the_disk() -> None:
     assert on_cpu.memory == 5 * 413_155_328 + 262_144_000 + 262_152_192 + 134_742_016 + 196_608_000
     assert on_disk.memory == 27 * 8_388_608 + 2 * 404_766_720
     assert on_disk.weights == 27 * 404_766_720
-    assert (on_cpu.words, on_disk.words) == ("embeddings, layers 0-4, output", "layers 5-31")
+    assert (on_cpu.parts, on_disk.parts) == ("embeddings, layers 0-4, output", "layers 5-31")
 
 
 def test_thirteen_billion_filled_and_balanced() -> None:
@@ -121,10 +122,9 @@ LIMITS = st.builds(
 
 def everything(n_layers: int, order: list[str]) -> Iterator[Placement]:
     """Every placement with the layers on the devices in order."""
-    for layers in product(range(len(order)), repeat=n_layers):
-        if sorted(layers) == list(layers):
-            for embeddings, output in product(order, order):
-                yield Placement(embeddings, tuple(order[i] for i in layers), output)
+    for layers in combinations_with_replacement(order, n_layers):
+        for embeddings, output in product(order, order):
+            yield Placement(embeddings, layers, output)
 
 
 def memory(sizes: Parts, placement: Placement) -> dict[str, int]:
@@ -155,7 +155,7 @@ def slow_bytes(sizes: Parts, placement: Placement) -> tuple[int, int]:
     return disk, (len(on_cpu) - output) * sizes.layer + output * sizes.output
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(sizes=SIZES, limits=LIMITS, way=st.sampled_from(["auto", "balanced"]))
 def test_a_plan_is_the_best_of_all_and_refused_only_where_there_is_none(
     sizes: Parts, limits: dict[str, int], way: str
@@ -173,9 +173,6 @@ def test_a_plan_is_the_best_of_all_and_refused_only_where_there_is_none(
     assert found in fitting  # no layer lost or doubled, in order, within every limit
     best = min(slow_bytes(sizes, placement) for placement in fitting)
     assert slow_bytes(sizes, found) == best
-    beside = Placement(found.layers[0], found.layers, found.layers[-1])
-    if beside in fitting and slow_bytes(sizes, beside) == best:
-        assert found == beside
 
 
 @settings(max_examples=150, deadline=None)

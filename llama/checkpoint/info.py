@@ -141,7 +141,7 @@ def _placed(source: Source, args: ModelArgs, options: RunOptions) -> PlacementIn
         reason = str(error)
     stages = [
         StageInfo(
-            device=share.device, parts=share.words, layers=len(share.layers), weights_bytes=share.weights,
+            device=share.device, parts=share.parts, layers=share.layers, weights_bytes=share.weights,
             cache_bytes=share.cache, workspace_bytes=share.workspace, memory_of=share.memory_of,
             limit_bytes=plan.limits[share.memory_of],
         )

@@ -111,10 +111,10 @@ def _asked(options: RunOptions) -> list[str]:
 
     In the order of their numbers. Raises ParameterError where `device` says another thing.
     """
-    mapped = [] if isinstance(options.device_map, str | None) else list(options.device_map.values())
-    named = {*(options.max_memory or {}), *mapped} - {DISK}
+    mapped = None if isinstance(options.device_map, str) else options.device_map
+    named = {*(options.max_memory or {}), *(mapped or {}).values()} - {DISK}
     alone = None if options.device is None else str(options.device)
-    if not named:
+    if options.max_memory is None and mapped is None:
         return [device for device in _accelerators() if alone is None or _is_of(device, alone)]
     if alone is not None:
         other = sorted(device for device in named if not on_host(device) and not _is_of(device, alone))
