@@ -109,21 +109,17 @@ def limited(limit: int) -> Iterator[str]:
     """A control group whose processes have so many bytes, as its folder; "" where none can be made, which is said."""
     first = (GROUPS / "memory").is_dir()  # version 1
     group = (GROUPS / "memory" if first else GROUPS) / f"llama-{os.getpid()}"
-    name = "memory.limit_in_bytes" if first else "memory.max"
     try:
         group.mkdir()
+        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(limit))
     except OSError as error:
-        print(f"no limit: {group} cannot be made ({error.strerror})", file=sys.stderr)
-        yield ""
-        return
+        print(f"no limit: no control group can be made ({error})", file=sys.stderr)
+    limits = (group / "cgroup.procs").exists()
     try:
-        (group / name).write_text(str(limit))
-        yield str(group)
-    except OSError as error:
-        print(f"no limit: {group / name} cannot be written ({error.strerror})", file=sys.stderr)
-        yield ""
+        yield str(group) if limits else ""
     finally:
-        group.rmdir()
+        if limits:
+            group.rmdir()
 
 
 def goal(folder: Path) -> float:

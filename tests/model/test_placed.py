@@ -215,9 +215,9 @@ def test_a_step_that_was_not_ended_leaves_nothing_behind(folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say what of a file is in memory")
 def test_of_a_model_on_the_disk_two_layers_are_in_memory(tmp_path: Path, small: dict) -> None:
     sizes = {**small, "dim": 256, "n_layers": 10}
-    folder = save(tmp_path / "model", sizes, random_weights(sizes))
-    layer = sum(p.nbytes for p in build(folder).model.layers[0].parameters())
-    assert resident(folder) == 0  # that model is gone
+    weights = random_weights(sizes)
+    folder = save(tmp_path / "model", sizes, weights)
+    layer = sum(tensor.nbytes for name, tensor in weights.items() if name.startswith("layers.0."))
     placed = build(folder, {"embeddings": "disk", "layers.0-9": "disk", "output": "disk"})
     said(placed)
     until = time.monotonic() + 20
@@ -225,7 +225,8 @@ def test_of_a_model_on_the_disk_two_layers_are_in_memory(tmp_path: Path, small: 
         time.sleep(0.05)  # the last of it goes in the background
     assert 0 < resident(folder) <= 2.5 * layer
     whole = build(folder)
-    assert resident(folder) > 9 * layer and whole.model.placement is None
+    said(whole)
+    assert resident(folder) > 9 * layer
 
 
 def resident(folder: Path) -> int:
