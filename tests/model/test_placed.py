@@ -117,7 +117,7 @@ def answers(model: Transformer, prompts: list[list[int]], slots: int, most: int,
 
 def test_beam_searches_and_prompt_caches_go_over_stages(folder: Path, tmp_path: Path) -> None:
     placed, whole = build(folder, TWO), build(folder)
-    beams = {"num_beams": 3, "max_gen_len": 6, "temperature": 0}
+    beams = SamplingParams(num_beams=3, max_gen_len=6, temperature=0)
     assert placed.generate(PROMPTS[:2], params=beams) == whole.generate(PROMPTS[:2], params=beams)
     placed.save_prefix(PROMPTS[1], tmp_path / "prefix")
     fresh = build(folder)
