@@ -107,22 +107,19 @@ def disk_rate(path: Path) -> float:
 @contextmanager
 def limited(limit: int) -> Iterator[str]:
     """A control group whose processes have so many bytes, as its folder; "" where none can be made, which is said."""
-    parent, name = (GROUPS / "memory", "memory.limit_in_bytes") if (GROUPS / "memory").is_dir() else (GROUPS, "memory.max")
-    group = parent / f"llama-{os.getpid()}"
+    first = (GROUPS / "memory").is_dir()  # version 1
+    group = (GROUPS / "memory" if first else GROUPS) / f"llama-{os.getpid()}"
     try:
         group.mkdir()
+        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(limit))
     except OSError as error:
-        print(f"no limit: {group} cannot be made ({error.strerror})", file=sys.stderr)
-        yield ""
-        return
+        print(f"no limit: no control group can be made ({error})", file=sys.stderr)
+    limits = (group / "cgroup.procs").exists()
     try:
-        (group / name).write_text(str(limit))
-        yield str(group)
-    except OSError as error:
-        print(f"no limit: {group / name} cannot be written ({error.strerror})", file=sys.stderr)
-        yield ""
+        yield str(group) if limits else ""
     finally:
-        group.rmdir()
+        if limits:
+            group.rmdir()
 
 
 def goal(folder: Path) -> float:
@@ -158,7 +155,8 @@ def main(
         print(runner, {name: round(value, 3) for name, value in found.items()}, file=sys.stderr, flush=True)
         steps = [f"{needed * found[f'decode{n}'] / n / 1e9:.2f}" for n in BATCHES]
         cells = [f"{found[name]:.3g}" for name in ("first1", "decode1", "first8", "decode8")]
-        rows.append([runner, f"{found['peak']:.0f}", f"{found['load']:.1f}", *cells, *steps, f"{found['disk'] / 1e9:.2f}"])
+        held = [f"{found['peak']:.0f}", f"{found['load']:.1f}"]
+        rows.append([runner, *held, *cells, *steps, f"{found['disk'] / 1e9:.2f}"])
     size = sum(path.stat().st_size for path in folder.glob("*.pth"))
     print(f"\n{shape}, {size / 1e9:.1f} GB of weights within {limit}, {torch.get_num_threads()} threads")
     print(f"goal: at most {goal(folder) / 2**20:.0f} MB held\n")

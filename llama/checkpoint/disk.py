@@ -77,8 +77,8 @@ def stay_on_disk(maker: Maker, names: Sequence[str]) -> None:
     rate = parts[0].nbytes / (time.perf_counter() - started)
     total = sum(part.nbytes for part in parts)
     log.say(
-        f"{len(parts)} parts of the model stay on the disk: each step reads {in_units(total)}, which takes"
-        f" {total / rate:.2g} s at the {in_units(round(rate))} a second at which the first was read"
+        f"each step reads {in_units(total)} of the model from the disk: {total / rate:.2g} s at the"
+        f" {in_units(round(rate))}/s of the first read"
     )
 
 
@@ -94,5 +94,6 @@ def _part(maker: Maker, runs: str, names: Sequence[str]) -> Part:
             part.mapped += mapped
         else:
             part.made.append(name)
+            maker.drop(name)
     part.mapped.sort(key=Tensor.data_ptr)  # as they lie in the file
     return part

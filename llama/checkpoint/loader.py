@@ -43,8 +43,8 @@ def load(
     processes = model_parallel_size()
     check_split(args, source.shards, processes)
     check_groups(expected_shapes(args), weight_format, processes)
-    if placement and len(where := set(_names(placement))) == 1 and where != {DISK}:
-        device, placement = device_of(where.pop()), None
+    if placement and len(placement.devices) == 1 and placement.devices != (DISK,):
+        device, placement = device_of(placement.devices[0]), None
     stored, asked = checkpoint_dtype(source), dtype
     dtype = asked or choose_dtype(stored, device)
 
@@ -62,7 +62,7 @@ def load(
         memory.check_fits(needed, memory.free_bytes(device), options.max_seq_len, options.max_batch_size, device)
     else:
         _check_placed(placement, source, options, weight_format)
-    devices = [device] if placement is None else [device_of(name) for name in _names(placement)]
+    devices = [device] if placement is None else [device_of(name) for name in placement.devices]
     model = Transformer(
         args, weight_format=weight_format, kv_dtype=options.kv_dtype,
         batch_invariant=_batch_invariant(options, devices, dtype, processes), placement=placement,
@@ -71,13 +71,9 @@ def load(
     if placement is None:
         fill(model, source, dict.fromkeys(parameters, held))
     else:
-        ways = {name: held_on(device_of(name), name == DISK) for name in _names(placement)}
+        ways = {name: held_on(device_of(name), name == DISK) for name in placement.devices}
         fill(model, source, {name: ways[_where(placement, name)] for name in parameters})
     return model.eval()
-
-
-def _names(placement: Placement) -> list[str]:
-    return list(dict.fromkeys((placement.embeddings, *placement.layers, placement.output)))
 
 
 def _where(placement: Placement, name: str) -> str:
@@ -89,18 +85,14 @@ def _where(placement: Placement, name: str) -> str:
 
 
 def _check_placed(placement: Placement, source: Source, options: RunOptions, weight_format: str | None) -> None:
-    """Raise DeviceError where a model cannot be shared by several devices, or read from the disk."""
-    if model_parallel_size() > 1:
-        raise DeviceError(
-            f"device_map places the model on {listed(_names(placement))}, and model parallelism splits it over"
-            f" {model_parallel_size()} processes: use one of the two"
-        )
+    """Raise DeviceError where several devices cannot share the model, or it cannot be read from the disk."""
+    assert model_parallel_size() == 1  # checked where the placement was made
     if options.compile:
         raise DeviceError(
-            f"compile=True compiles a model for one device, and device_map places it on {listed(_names(placement))}:"
-            " leave one of the two out"
+            f"compile=True compiles a model for one device, but this one is on {listed(list(placement.devices))}: leave"
+            " compile out, or device_map and max_memory"
         )
-    if DISK in _names(placement) and weight_format != source.args.quantize:
+    if DISK in placement.devices and weight_format != source.args.quantize:
         raise DeviceError(
             f"quantize={weight_format} would quantise what stays on the disk anew in every step: write it once, by"
             f" llama quantize CKPT OUT --quantize {weight_format}, and run that"

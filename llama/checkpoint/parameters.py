@@ -110,11 +110,12 @@ class Maker:
         self._set(name, weight)
 
     def drop(self, name: str) -> None:
-        """Let go of what `make` made of a matrix."""
-        module = self._module(name)
+        """Let go of what `make` made of a matrix; of one that was not made yet, say in which dtype it will come."""
+        module, weight = self._module(name), self.model.get_parameter(name)
+        dtype = self.held[name].matrices if weight.is_meta else weight.dtype
         if isinstance(scales := getattr(module, "scales", None), Tensor):
             module.scales = torch.empty_like(scales, device="meta")
-        self._set(name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+        self._set(name, torch.empty_like(weight, dtype=dtype, device="meta"))
 
     def _module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name.rpartition(".")[0])
