@@ -18,9 +18,12 @@ from llama.engine.drafts import Lookup, Speculation
 from llama.errors import CheckpointError, DeviceError, TokenizerError
 from llama.kernels.decode_step import rows_alike
 from llama.kernels.dispatch import why_not
+from llama.model.args import ModelArgs
 from llama.model.kv_cache import check_kv_dtype
+from llama.model.stages import device_of
 from llama.model.transformer import Transformer
 from llama.options import LOOKUP, RunOptions
+from llama.placement import Placement
 from llama.text.chat_files import chat_format
 from llama.text.tokenizer_files import open_tokenizer
 from llama.tokenizer import BaseTokenizer
@@ -65,7 +68,7 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
         max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size,
     )  # fmt: skip
     fingerprint = fingerprint_of(source.files)
-    placement = placing.place(args, options, source, device, dtype) if options.places else None
+    placement = _placement(args, options, source, device, dtype)
     model = loader.load(source, args, options, device, dtype, placement)
     if options.compile:
         from llama.model.compiled import compile_layers  # it brings in half of a compiler
@@ -93,6 +96,18 @@ def _device(options: RunOptions) -> torch.device:
     main = placing.main_device(options)
     placing.check_here(main)
     return torch.device(main)
+
+
+def _placement(
+    args: ModelArgs, options: RunOptions, source: Source, device: torch.device, dtype: torch.dtype | None
+) -> Placement | None:  # fmt: skip
+    """Where the model goes, if several devices may share it."""
+    if not options.places:
+        return None
+    placement = placing.place(args, options, source, device, dtype)
+    for name in placement.devices:
+        check_kv_dtype(options.kv_dtype, device_of(name))
+    return placement
 
 
 def speculation(model: Transformer, options: RunOptions, max_step_tokens: int) -> Speculation | None:
