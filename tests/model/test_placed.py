@@ -75,6 +75,15 @@ def test_two_stages_behave_as_one_model(folder: Path, options: dict[str, Any]) -
     assert said(placed) == said(build(folder, **options))
 
 
+@pytest.mark.parametrize("device_map", [TWO, DISK], ids=["stages", "disk"])
+def test_a_smaller_model_drafts_for_a_placed_one(folder: Path, device_map: dict[str, str]) -> None:
+    """The draft model is on the CPU as a whole. Here it is the same model: what it drafts is right."""
+    placed = build(folder, device_map, speculate=str(folder))
+    assert said(placed) == said(build(folder))
+    drafted, accepted = placed.engine.counts.drafted, placed.engine.counts.accepted
+    assert drafted and accepted > drafted / 2
+
+
 def test_two_stages_on_the_same_device_are_one(folder: Path) -> None:
     """Then steps are fused as ever."""
     model = build(folder, {"layers.0-3": "cpu"}).model
@@ -88,7 +97,7 @@ def test_requests_get_the_same_in_any_company(folder: Path, device_map: dict[str
     placed, whole = build(folder, device_map).model, build(folder).model
     texts = st.lists(st.integers(3, 400), min_size=1, max_size=40)
 
-    @settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
     @given(data=st.data())
     def same(data: st.DataObject) -> None:
         prefix = data.draw(texts)
