@@ -20,7 +20,7 @@ _LAYERS = re.compile(r"layers\.(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 def parse_size(given: Any) -> int | None:
     """Bytes, of a whole number or a text such as "5GiB", "7 GB", "500MB"; None for what is neither."""
     if isinstance(given, Integral) and not isinstance(given, bool):
-        return int(given) if given >= 0 else None
+        return int(given) if int(given) >= 0 else None
     found = _SIZE.fullmatch(given) if isinstance(given, str) else None
     if found is None:
         return None
