@@ -78,6 +78,8 @@ class Llama:
         max_step_tokens: int | None = None,
         speculate: str | None = None,
         draft_tokens: int = 7,
+        max_memory: dict[str, int | str] | None = None,
+        device_map: str | dict[str, str] | None = None,
     ) -> "Llama":
         """Load a checkpoint (a folder of Meta's or of Hugging Face's, or a GGUF file), and log what was chosen.
 
@@ -92,7 +94,9 @@ class Llama:
         with them first. `chat_template` is a file with a template in Jinja, "llama2" or "none" (None: the checkpoint's
         own, or Llama-2's format). `speculate` drafts up to `draft_tokens` tokens at a time, from what a text has said
         before ("lookup") or with a smaller model of the same vocabulary (its folder), and verifies them in one step:
-        results stay the same. Raises a subclass of LlamaError: PeerError where another process has failed.
+        results stay the same. `device_map` ("auto", "balanced", or {"layers.0-15": "cuda:0", …}) lays whole layers over
+        devices and the disk, within `max_memory` ({"cuda:0": "5GiB"}; None: what is free). Raises a subclass of
+        LlamaError: PeerError where another process has failed.
         """
         started = time.perf_counter()
         options = RunOptions(
@@ -100,6 +104,7 @@ class Llama:
             device=device, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, threads=threads, compile=compile,
             batch_invariant=batch_invariant, verify=verify, chat_template=chat_template,
             max_step_tokens=max_step_tokens, speculate=speculate, draft_tokens=draft_tokens,
+            max_memory=max_memory, device_map=device_map,
         )  # fmt: skip
         folder, tokenizer_path = find_checkpoint(ckpt_dir, tokenizer_path)
         loaded = load(Path(folder), tokenizer_path, options)

@@ -8,7 +8,7 @@ import torch
 
 from llama import log, parallel
 from llama.chat import ChatFormat
-from llama.checkpoint import loader
+from llama.checkpoint import loader, placing
 from llama.checkpoint.fingerprint import fingerprint_of
 from llama.checkpoint.source import Source, open_source
 from llama.checkpoint.verify import verify
@@ -18,9 +18,12 @@ from llama.engine.drafts import Lookup, Speculation
 from llama.errors import CheckpointError, DeviceError, TokenizerError
 from llama.kernels.decode_step import rows_alike
 from llama.kernels.dispatch import why_not
+from llama.model.args import ModelArgs
 from llama.model.kv_cache import check_kv_dtype
+from llama.model.stages import device_of
 from llama.model.transformer import Transformer
 from llama.options import LOOKUP, RunOptions
+from llama.placement import Placement
 from llama.text.chat_files import chat_format
 from llama.text.tokenizer_files import open_tokenizer
 from llama.tokenizer import BaseTokenizer
@@ -42,7 +45,7 @@ class Loaded:
 
 def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
     """The model of a checkpoint folder, as the options say, and its tokenizer."""
-    device, dtype = choose_device(options.device), parse_dtype(options.dtype)
+    device, dtype = _device(options), parse_dtype(options.dtype)
     check_kv_dtype(options.kv_dtype, device)
     if options.speculate and device.type != "cpu":
         raise DeviceError(
@@ -65,7 +68,8 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
         max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size,
     )  # fmt: skip
     fingerprint = fingerprint_of(source.files)
-    model = loader.load(source, args, options, device, dtype)
+    placement = _placement(args, options, source, device, dtype)
+    model = loader.load(source, args, options, device, dtype, placement)
     if options.compile:
         from llama.model.compiled import compile_layers  # it brings in half of a compiler
 
@@ -83,6 +87,27 @@ def load(folder: Path, tokenizer_path: str, options: RunOptions) -> Loaded:
         )
     return Loaded(model, tokenizer, (*source.described_by, *source.files), fingerprint, source.end_ids,
                   chat_format(folder, options.chat_template, tokenizer))  # fmt: skip
+
+
+def _device(options: RunOptions) -> torch.device:
+    """The device of the model, or the main one of those that it is laid over."""
+    if not options.places:
+        return choose_device(options.device)
+    main = placing.main_device(options)
+    placing.check_here(main)
+    return torch.device(main)
+
+
+def _placement(
+    args: ModelArgs, options: RunOptions, source: Source, device: torch.device, dtype: torch.dtype | None
+) -> Placement | None:  # fmt: skip
+    """Where the model goes, if several devices may share it."""
+    if not options.places:
+        return None
+    placement = placing.place(args, options, source, device, dtype)
+    for name in placement.devices:
+        check_kv_dtype(options.kv_dtype, device_of(name))
+    return placement
 
 
 def speculation(model: Transformer, options: RunOptions, max_step_tokens: int) -> Speculation | None:
@@ -128,8 +153,9 @@ def chosen(model: Transformer, options: RunOptions) -> str:
     bits = f"{held} weights, " if held != str(model.dtype).removeprefix("torch.") else ""
     cache = f", cache in {model.kv_dtype}" if model.kv_dtype else ""
     drafts = f", speculate={options.speculate}" if options.speculate else ""
+    where = str(model.device) if model.placement is None else model.placement.words
     return (
-        f"{bits}{str(model.dtype).removeprefix('torch.')}{cache} on {model.device}, {split}{replicas},"
+        f"{bits}{str(model.dtype).removeprefix('torch.')}{cache} on {where}, {split}{replicas},"
         f" max_seq_len={options.max_seq_len}, max_batch_size={options.max_batch_size}{drafts}"
     )
 

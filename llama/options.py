@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
+from llama.device_map import parse_device_map, parse_max_memory
 from llama.errors import ParameterError
 from llama.quantization.formats import check_format
 from llama.request import plain
@@ -77,6 +78,13 @@ class RunOptions:
     draft_tokens: int = field(
         default=7, metadata={"help": "the most drafts of one step; fewer are made of a text where they fail."}
     )
+    max_memory: dict[str, int | str] | None = field(
+        default=None, metadata={"help": 'the most memory of each device: {"cuda:0": "5GiB", "cpu": "20GiB"}.'}
+    )
+    device_map: str | dict[str, str] | None = field(
+        default=None,
+        metadata={"help": 'layers over devices: auto (so with limits), balanced, or {"layers.0-15": "cuda:0", …}.'},
+    )
 
     def __post_init__(self) -> None:
         for own in fields(self):
@@ -95,10 +103,27 @@ class RunOptions:
                 " model, or leave it out"
             )
         check_format(self.quantize)
+        self._check_placement()
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise ParameterError(
                 f"kv_dtype={self.kv_dtype!r} is not a format of the KV cache: use {' or '.join(KV_DTYPES)}, or leave"
                 " it out"
+            )
+
+    @property
+    def places(self) -> bool:
+        """Whether the model may be laid over several devices and the disk."""
+        return self.max_memory is not None or self.device_map is not None
+
+    def _check_placement(self) -> None:
+        if self.max_memory is not None:
+            object.__setattr__(self, "max_memory", parse_max_memory(self.max_memory))
+        if self.device_map is not None:
+            object.__setattr__(self, "device_map", parse_device_map(self.device_map))
+        if self.places and self.model_parallel_size not in (None, 1):
+            raise ParameterError(
+                f"model_parallel_size={self.model_parallel_size} splits a model over processes, device_map and"
+                " max_memory lay it over the devices of one: leave one of them out"
             )
 
 

@@ -19,10 +19,10 @@ FLOORS = (
     ("engine", "predictions"),
     ("model",),
     ("kernels", "options"),
-    ("device", "quantization"),
+    ("device", "placement", "quantization"),
     ("text",),
     ("parallel", "chat", "infilling", "progress", "windows"),
-    ("request", "interrupts", "gguf"),
+    ("request", "interrupts", "gguf", "device_map"),
     ("grammar",),
     ("tokenizer",),
     ("paths", "script", "response_format"),
@@ -42,6 +42,7 @@ WITHOUT_TORCH = {
     "errors", "wording", "log", "script", "gate", "checkpoint.find", "openai",
     "text", "text.json_tokenizer", "text.tokenizer_files", "text.template", "text.chat_files", "text.gguf_tokenizer",
     "text.step_chat", "gguf", "infilling", "grammar", "response_format", "windows",
+    "device_map", "placement",
 }  # fmt: skip
 
 

@@ -221,6 +221,11 @@ class GGUFFile:
         sizes = {path: path.stat().st_size for path in self.files}
         return {path: torch.from_file(str(path), size=size, dtype=torch.uint8) for path, size in sizes.items()}
 
+    def is_mapped(self, name: str) -> bool:
+        """Plain numbers, in an order and at a place as they are wanted."""
+        dtype = PLAIN.get(self._entry(name).kind.name)
+        return dtype is not None and not self._turned(name) and not self._entry(name).begin % dtype.itemsize
+
     def release(self, piece: Tensor) -> None:
         """Let go of a piece's pages; one that was computed is not mapped, and nobody reads it again."""
         release_pages(piece)

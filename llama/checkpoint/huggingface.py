@@ -115,6 +115,9 @@ class HuggingFaceFolder:
         yield to_pairs(tensor, self.args.head_dim)
         release_pages(tensor)
 
+    def is_mapped(self, name: str) -> bool:
+        return not turns_in_halves(name)
+
     def release(self, piece: Tensor) -> None:
         """Let go of a piece's pages; one whose rows were put in order is not mapped, and nobody reads it again."""
         release_pages(piece)

@@ -1,19 +1,21 @@
 """What a checkpoint is, and what of it fits on this machine; its weights stay unread on the disk."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 
-from llama.checkpoint import memory
+from llama.checkpoint import memory, placing
 from llama.checkpoint.layout import expected_shapes, process_counts
-from llama.checkpoint.source import checkpoint_dtype, open_checked
+from llama.checkpoint.source import Source, checkpoint_dtype, open_checked
 from llama.device import choose_dtype
+from llama.errors import DeviceError
 from llama.gate import one_line
 from llama.kernels.plain import held_dtype
 from llama.model.args import ModelArgs
-from llama.options import check_sizes
+from llama.options import RunOptions
 from llama.wording import either, in_units
 
 
@@ -35,6 +37,28 @@ class DeviceInfo(TypedDict):
     fits: bool
     largest_batch_size: int  # with sequences of max_seq_len; 0: not even one fits
     devices_for_one_sequence: int | None  # so many like it hold one together; None: no split is fine enough
+
+
+class StageInfo(TypedDict):
+    """What one device would have of the model."""
+
+    device: str
+    parts: str
+    layers: int
+    weights_bytes: int  # of the disk: those in the files
+    cache_bytes: int
+    workspace_bytes: int
+    memory_of: str  # the device whose memory that is
+    limit_bytes: int
+
+
+class PlacementInfo(TypedDict):
+    """Where max_memory and device_map place the model."""
+
+    dtype: str
+    stages: list[StageInfo]
+    fits: bool
+    reason: str | None  # why it does not
 
 
 class Info(TypedDict):
@@ -62,14 +86,21 @@ class Info(TypedDict):
     cache_bytes: int
     more: dict[str, str]  # what else the format of the files says
     devices: list[DeviceInfo]
+    placement: PlacementInfo | None  # where that was asked for
 
 
-def describe(folder: Path, max_seq_len: int, max_batch_size: int) -> Info:
-    """What the files of `folder` say, and what of it fits on each device of this machine; nothing is loaded.
+def describe(
+    folder: Path, max_seq_len: int, max_batch_size: int,
+    max_memory: dict[str, int | str] | None = None, device_map: str | dict[str, str] | None = None,
+) -> Info:  # fmt: skip
+    """What the files of `folder` say, and what of it fits on each device of this machine, or on those that are named;
+    nothing is loaded.
 
-    Raises ParameterError for sizes below 1, CheckpointError as loading would.
+    Raises ParameterError for sizes below 1 and maps that are none, CheckpointError as loading would.
     """
-    check_sizes(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    options = RunOptions(
+        max_seq_len=max_seq_len, max_batch_size=max_batch_size, max_memory=max_memory, device_map=device_map
+    )
     source, args = open_checked(folder)
     stored = checkpoint_dtype(source)
     needed = memory.need(args, stored, 1, memory.STEP_TOKENS, weight_format=args.quantize)
@@ -96,7 +127,27 @@ def describe(folder: Path, max_seq_len: int, max_batch_size: int) -> Info:
         cache_bytes=needed.cache_per_token * max_seq_len * max_batch_size,
         more={name: fact for name, fact in source.facts.items() if fact},
         devices=[_on(device, args, stored, max_seq_len, max_batch_size) for device in _devices()],
+        placement=_placed(source, args, options) if options.places else None,
     )
+
+
+def _placed(source: Source, args: ModelArgs, options: RunOptions) -> PlacementInfo:
+    args = replace(args, max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size)
+    plan = placing.plan(args, options, source, torch.device(placing.main_device(options)), None)
+    reason = None
+    try:
+        plan.check()
+    except DeviceError as error:
+        reason = str(error)
+    stages = [
+        StageInfo(
+            device=share.device, parts=share.parts, layers=share.layers, weights_bytes=share.weights,
+            cache_bytes=share.cache, workspace_bytes=share.workspace, memory_of=share.memory_of,
+            limit_bytes=plan.limits[share.memory_of],
+        )
+        for share in plan.shares
+    ]  # fmt: skip
+    return PlacementInfo(dtype=_name(plan.dtype), stages=stages, fits=reason is None, reason=reason)
 
 
 def _devices() -> list[torch.device]:
@@ -156,7 +207,8 @@ def text(info: Info) -> str:
         "KV cache": f"{in_units(info['cache_bytes'])} for {sequences} of {info['max_seq_len']} tokens",
     }
     lines = [f"{name:<12}  {one_line(fact)}" for name, fact in facts.items() if fact]
-    return "\n".join([*lines, "", *_table(info["devices"])])
+    placed = ["", *_map(info["placement"])] if info["placement"] else []
+    return "\n".join([*lines, "", *_table(info["devices"]), *placed])
 
 
 def _stored(info: Info) -> str:
@@ -184,6 +236,21 @@ def _table(devices: list[DeviceInfo]) -> list[str]:
     if not all(device["largest_batch_size"] for device in devices):
         needed = [device["devices_for_one_sequence"] for device in devices]
         rows.append(("such devices for 1 sequence", [str(n or "no number") for n in needed]))
+    return _aligned(rows)
+
+
+def _map(placement: PlacementInfo) -> list[str]:
+    """A row for each stage, and whether they fit."""
+    rows = [(f"as placed, in {placement['dtype']}", ["weights", "KV cache", "workspace", "limit"])]
+    for stage in placement["stages"]:
+        sizes = [in_units(size) for size in (stage["weights_bytes"], stage["cache_bytes"], stage["workspace_bytes"])]
+        own = stage["memory_of"] == stage["device"]
+        limit = in_units(stage["limit_bytes"]) if own else f"that of {stage['memory_of']}"
+        rows.append((f"{stage['device']}: {stage['parts']}", [*sizes, limit]))
+    return [*_aligned(rows), "fits: yes" if placement["fits"] else f"fits: no, {placement['reason']}"]
+
+
+def _aligned(rows: list[tuple[str, list[str]]]) -> list[str]:
     first = max(len(name) for name, _ in rows)
     widths = [max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
     return [

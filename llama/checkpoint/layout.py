@@ -135,15 +135,17 @@ def shard_shape(name: str, whole: tuple[int, ...], shards: int) -> tuple[int, ..
 
 def weight_bytes(
     args: ModelArgs, weight_format: str | None, dtype: torch.dtype, held: torch.dtype, processes: int
-) -> int:  # fmt: skip
-    """The bytes of one process's part of all parameters: matrices quantised as `weight_format` or `held` in a dtype of
-    their own, the others in `dtype`."""
-    total = 0
+) -> dict[str, int]:  # fmt: skip
+    """The bytes of one process's share of each part (tok_embeddings, layers.0, …, norm, output): matrices quantised as
+    `weight_format` or `held` in a dtype of their own, the others in `dtype`."""
+    sizes: dict[str, int] = {}
     for name, whole in expected_shapes(args).items():
         count, own_format = math.prod(shard_shape(name, whole, processes)), format_of(name, weight_format)
         own_dtype = held if format_of(name, "int8") else dtype
-        total += FORMATS[own_format].nbytes(count) if own_format else count * own_dtype.itemsize
-    return total
+        part = ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
+        size = FORMATS[own_format].nbytes(count) if own_format else count * own_dtype.itemsize
+        sizes[part] = sizes.get(part, 0) + size
+    return sizes
 
 
 def renamed(name: str, names: Mapping[str, str], layers: str) -> str:

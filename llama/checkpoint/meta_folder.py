@@ -70,6 +70,9 @@ class MetaFolder:
         for piece in plan(self.shape(name)[axis], len(self.files), processes, rank):
             yield self._shards[piece.shard][name].narrow(axis, piece.start, piece.stop - piece.start)
 
+    def is_mapped(self, name: str) -> bool:
+        return True
+
     def release(self, piece: Tensor) -> None:
         release_pages(piece)
 

@@ -93,6 +93,9 @@ class Source(Protocol):
         They are on the CPU and only to be read. Where the file allows it they are views of the mapped file.
         """
 
+    def is_mapped(self, name: str) -> bool:
+        """Whether `slices` gives views of the mapped file, of which nothing is computed."""
+
     def release(self, piece: Tensor) -> None:
         """Give the memory of a piece that has been read back to the system, if the file can be read again."""
 

@@ -18,6 +18,7 @@ from llama.cli.flags import (
     GAP,
     MODEL,
     ONE_PROCESS_MODEL,
+    PLACEMENT,
     SAMPLING,
     SCORING_MODEL,
     SERVICE,
@@ -251,12 +252,15 @@ def bench(
         show(json_line(found) if json else report.text(found, before, markdown=markdown))
 
 
-@with_flags()
+@with_flags(placement=PLACEMENT)
 @_once
 def info(
     ckpt_dir: FilePath | None = None, *, max_seq_len: int = 2048, max_batch_size: int = AT_ONCE, json: bool = False,
+    placement: dict[str, Any],
 ) -> None:  # fmt: skip
     """Describe a checkpoint, and what of it fits on this machine, without loading its weights.
+
+    With --max_memory or --device_map it shows which device would have which layers, and whether they fit.
 
     Args:
         ckpt_dir: the checkpoint folder; else LLAMA_CKPT_DIR, else the bundled demo.
@@ -267,7 +271,7 @@ def info(
     import_libraries()
     from llama.checkpoint import info
 
-    found = info.describe(find_folder(ckpt_dir), max_seq_len, max_batch_size)
+    found = info.describe(find_folder(ckpt_dir), max_seq_len, max_batch_size, **placement)
     print(json_line(found) if json else info.text(found))
 
 

@@ -44,9 +44,10 @@ MODEL = {
     ),
     **_flags(RunOptions),
 }
+PLACEMENT = {name: MODEL[name] for name in ("max_memory", "device_map")}
 SCORING_MODEL = {name: flag for name, flag in MODEL.items() if name not in ("speculate", "draft_tokens")}
 BENCH_MODEL = {
-    **SCORING_MODEL,
+    **{name: flag for name, flag in SCORING_MODEL.items() if name not in PLACEMENT},  # of one device
     "max_seq_len": Flag(
         int, LONGEST, "the most tokens of one sequence: a context of 2048, and what is decoded after it."
     ),

@@ -28,7 +28,8 @@ MORE = (
 )
 MOST_COLUMNS = 110
 _VALUES: dict[Any, str] = {
-    str: "TEXT", str | None: "TEXT", int: "N", int | None: "N", float: "X", float | None: "X"
+    str: "TEXT", str | None: "TEXT", int: "N", int | None: "N", float: "X", float | None: "X",
+    dict[str, int | str] | None: "TABLE", str | dict[str, str] | None: "MAP",
 }  # fmt: skip
 
 

@@ -52,10 +52,10 @@ class Row:
 
 
 def can_loop(model: Transformer, cache: KVCache) -> bool:
-    """Where there is something to hide (on CUDA), and no layer needs to know lengths on the host."""
-    return model.device.type == "cuda" and (
-        gpu_kernels_for(cache) is not None or flash_attention.flash_kernel_reads(cache.keys[0])
-    )
+    """Where there is something to hide (on one CUDA device), and no layer needs to know lengths on the host."""
+    if model.placement or model.device.type != "cuda":
+        return False
+    return gpu_kernels_for(cache) is not None or flash_attention.flash_kernel_reads(cache.keys[0])
 
 
 def graph_capture() -> Callable[[Work], Work]:

@@ -111,9 +111,10 @@ def rows_alike(model: Any) -> int:
     library = cpu_library(model.norm.weight)
     if library is None:
         return MOST_ROWS
-    if not is_packed(model.output.weight):
-        return most_rows()
-    return min(MOST_ROWS, int(library.llama_most_rows(DTYPE_CODES[model.dtype], variant())))
+    packed = min(MOST_ROWS, int(library.llama_most_rows(DTYPE_CODES[model.dtype], variant())))
+    if model.placement:  # weights on the disk are not there yet
+        return min(packed, most_rows())
+    return packed if is_packed(model.output.weight) else most_rows()
 
 
 def _code(weight: Tensor) -> int:

@@ -117,16 +117,18 @@ class Together(RowPlan):
             plan.write(q, keys, values, out)
 
 
-def plan(step: Step, cache: KVCache, invariant: bool = False) -> AttentionPlan:
-    """Single queries go to our kernels, in one call; prompts on CUDA to the flash kernel; SDPA takes what is left.
+def plan(step: Step, cache: KVCache, invariant: bool = False, layer: int = 0) -> AttentionPlan:
+    """For the layers on the device of the step, of which `layer` is one.
+
+    Single queries go to our kernels, in one call; prompts on CUDA to the flash kernel; SDPA takes what is left.
 
     On a CPU our kernel takes short spans too, so that a few drafts are computed as they are one after the other, and
     all of them where results are to be `invariant`.
     """
-    gpu = gpu_kernels_for(cache)
+    gpu = gpu_kernels_for(cache, layer)
     if gpu and step.decodes:
         return GPUSingleQueries(gpu, step.slots, step.positions)
-    if flash_kernel_reads(cache.keys[0]):
+    if flash_kernel_reads(cache.keys[layer]):
         return plan_flash(step, cache)
     on_cpu = cpu_library(torch.empty(0, dtype=cache.dtype, device=step.tokens.device)) is not None
     most = 1 if gpu else 0 if not on_cpu else max(span.n for span in step.spans) if invariant else SHORT
@@ -138,9 +140,9 @@ def plan(step: Step, cache: KVCache, invariant: bool = False) -> AttentionPlan:
     return Together((mine, sdpa)) if rest else mine
 
 
-def gpu_kernels_for(cache: KVCache) -> GPUKernels | None:
-    """Our kernels for CUDA, where they can read the cache."""
-    return gpu_kernels(torch.empty(0, dtype=cache.dtype, device=cache.keys[0].device))
+def gpu_kernels_for(cache: KVCache, layer: int = 0) -> GPUKernels | None:
+    """Our kernels for CUDA, where they can read a layer's cache."""
+    return gpu_kernels(torch.empty(0, dtype=cache.dtype, device=cache.keys[layer].device))
 
 
 def _cpu_queries(spans: Sequence[Span], cache: KVCache) -> CPUQueries:

@@ -1,9 +1,11 @@
 """`forward`: a step of a model, by the fastest way that there is for it on its device.
 
 Small decode steps have a fused way, which is all of a step in one call on a CPU, and few kernels on CUDA. Any step can
-go layer by layer. What these ways need beside the weights is made at a model's first steps and kept.
+go layer by layer, and those of a model that several devices share do. What these ways need beside the weights is made
+at a model's first steps and kept.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +20,7 @@ from llama.model.kv_cache import KVCache
 from llama.model.rope import precompute_freqs_cis
 from llama.model.step import Step
 from llama.parallel import model_parallel_size, with_peers
+from llama.placement import Placement
 
 
 @dataclass(slots=True)
@@ -31,7 +34,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """What every layer of one step needs beside its input: made once a step."""
+    """What every layer of one step needs beside its input: made once a step for each device."""
 
     cache: KVCache
     rows: Tensor  # (N,) token rows of the cache to write to
@@ -45,10 +48,13 @@ class Model(Protocol):
     params: ModelArgs
     prepared: Prepared
     batch_invariant: bool
+    placement: Placement | None
 
     @property
     def device(self) -> torch.device: ...
-    def layer_by_layer(self, step: Step, inputs: LayerInputs) -> Tensor: ...
+    @property
+    def stages(self) -> Sequence[tuple[torch.device, range]]: ...
+    def layer_by_layer(self, step: Step, inputs: Sequence[LayerInputs]) -> Tensor: ...
 
 
 @torch.inference_mode()
@@ -56,14 +62,18 @@ class Model(Protocol):
 def forward(model: Model, step: Step, cache: KVCache) -> Tensor:
     """Write the step's keys and values into the cache; return the logits (R, vocab) in float32."""
     freqs_cis = _freqs_cis(model, cache)
-    if step.all_logits and model_parallel_size() == 1 and not model.prepared.compiled:
+    may_fuse = model_parallel_size() == 1 and not model.prepared.compiled and model.placement is None
+    if step.all_logits and may_fuse:
         if can_fuse_on_cpu(len(step.tokens), model, cache):
             longest = max(span.length for span in step.spans)
             return _decode_step(model, freqs_cis, cache).run(step.tokens, step.slots, step.positions, longest)
         if step.decodes and (run := gpu_step(len(step.tokens), model, cache)):
             return run(model, freqs_cis, step, cache)
-    own = freqs_cis[step.positions][:, None]
-    inputs = LayerInputs(cache, cache.rows(step.slots, step.positions), own, plan(step, cache, model.batch_invariant))
+    own, inputs = freqs_cis[step.positions][:, None], list[LayerInputs]()
+    for device, layers in model.stages:
+        here = step.to(device)
+        attend = plan(here, cache, model.batch_invariant, layers.start)
+        inputs += [LayerInputs(cache, cache.rows(here.slots, here.positions), own.to(device), attend)] * len(layers)
     return model.layer_by_layer(step, inputs)
 
 

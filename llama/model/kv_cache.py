@@ -25,16 +25,19 @@ class KVCache:
 
     A slot's keys of one head are contiguous, and (S, P) folds into one axis of token rows: the row of a slot's
     position is slot · P + position. The memory is allocated once and not cleared: readers take views up to the
-    length that was written. `float8` stores them in half of 16 bits, each rounded to 4 significant bits.
+    length that was written. `float8` stores them in half of 16 bits, each rounded to 4 significant bits. Layers may be
+    on several devices: then `device` is a list of one for each.
     """
 
     def __init__(
         self, n_layers: int, n_kv_heads: int, slots: int, max_seq_len: int, head_dim: int, dtype: torch.dtype,
-        device: torch.device, float8: bool = False,
+        device: torch.device | Sequence[torch.device], float8: bool = False,
     ) -> None:  # fmt: skip
         shape, stored = (n_kv_heads, slots, max_seq_len, head_dim), FLOAT8 if float8 else dtype
-        self.keys = [torch.empty(shape, dtype=stored, device=device) for _ in range(n_layers)]
-        self.values = [torch.empty(shape, dtype=stored, device=device) for _ in range(n_layers)]
+        devices = [device] * n_layers if isinstance(device, torch.device) else device
+        assert len(devices) == n_layers
+        self.keys = [torch.empty(shape, dtype=stored, device=own) for own in devices]
+        self.values = [torch.empty(shape, dtype=stored, device=own) for own in devices]
         self.dtype = dtype  # of what is computed with it
         self.slots = slots
         self.max_seq_len = max_seq_len

@@ -1,7 +1,7 @@
 """`Step`: the contents of one pass through the model, a packed list of tokens of any number of sequences."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,3 +66,10 @@ class Step:
         rows = torch.tensor(logit_rows, dtype=torch.int64).to(device)
         all_logits = list(logit_rows) == list(range(len(tokens)))
         return cls(host[0], host[1], host[2], rows, tuple(spans), all_logits, all_logits and len(spans) == len(tokens))
+
+    def to(self, device: torch.device) -> "Step":
+        """The same step with its tensors on that device."""
+        if self.tokens.device == device:
+            return self
+        names = ("tokens", "slots", "positions", "logit_rows")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})

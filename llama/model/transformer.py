@@ -5,6 +5,8 @@ Letters in shapes: N tokens of a step, H heads, K kv heads, D head_dim, R rows w
 Source: "Llama 2: Open Foundation and Fine-Tuned Chat Models", https://arxiv.org/abs/2307.09288.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +15,10 @@ from llama.model.args import ModelArgs
 from llama.model.forward import LayerInputs, Prepared, forward
 from llama.model.kv_cache import KVCache
 from llama.model.linear import ColumnLinear, RowLinear, column_parallel, parallel_embedding, row_parallel
+from llama.model.stages import cross, device_of
 from llama.model.step import Step
 from llama.parallel import model_parallel_size
+from llama.placement import Placement
 
 
 class RMSNorm(nn.Module):
@@ -98,14 +102,16 @@ class Transformer(nn.Module):
 
     `weight_format` is that of its matrices (None: as they are stored), `kv_dtype` that of its caches (None: as the
     weights). `batch_invariant`: a token's logits are the same to the bit whatever else is computed in its step.
+    `placement`: which devices share it; None where it is all on one.
     """
 
     def __init__(
         self, args: ModelArgs, *, weight_format: str | None = None, kv_dtype: str | None = None,
-        batch_invariant: bool = False,
+        batch_invariant: bool = False, placement: Placement | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.params = args
+        self.placement = placement
         self.weight_format = weight_format or args.quantize
         self.kv_dtype = kv_dtype
         self.tok_embeddings = parallel_embedding(args.vocab_size, args.dim)
@@ -120,33 +126,47 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.norm.weight.device
+        """Where a step's tokens are. Where several devices share a model, its logits may be on another."""
+        return self.norm.weight.device if self.placement is None else device_of(self.placement.embeddings)
+
+    @property
+    def stages(self) -> Sequence[tuple[torch.device, range]]:
+        """The runs of layers on one device, in order."""
+        if self.placement is None:
+            return [(self.device, range(len(self.layers)))]
+        return [(device_of(name), layers) for name, layers in self.placement.stages]
 
     @property
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
     def new_cache(self, slots: int, max_seq_len: int) -> KVCache:
-        """An empty cache for this rank's kv heads."""
+        """An empty cache for this rank's kv heads, each layer's on the device of the layer."""
         args = self.params
         kv_heads = args.kv_heads // model_parallel_size()
+        devices = [device for device, layers in self.stages for _ in layers]
         return KVCache(
-            args.n_layers, kv_heads, slots, max_seq_len, args.head_dim, self.dtype, self.device, self.kv_dtype == "fp8"
+            args.n_layers, kv_heads, slots, max_seq_len, args.head_dim, self.dtype, devices, self.kv_dtype == "fp8"
         )
 
     def forward(self, step: Step, cache: KVCache) -> Tensor:
         """Write the step's keys and values into the cache; return the logits (R, vocab) in float32."""
         return forward(self, step, cache)
 
-    def layer_by_layer(self, step: Step, inputs: LayerInputs) -> Tensor:
-        """The logits of any step: the whole architecture, one module after the other."""
+    def layer_by_layer(self, step: Step, inputs: Sequence[LayerInputs]) -> Tensor:
+        """The logits of any step, with each layer's inputs: the whole architecture, one module after the other."""
         x: Tensor = self.tok_embeddings(step.tokens)
         residual: Tensor | None = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, inputs)
+        for layer, own in zip(self.layers, inputs, strict=True):
+            if x.device != own.rows.device:
+                x, residual = cross(own.rows.device, x, residual)
+            x, residual = layer(x, residual, own)
         if not step.all_logits:
             assert residual is not None  # every model has layers
-            x, residual = x[step.logit_rows], residual[step.logit_rows]
+            rows = step.logit_rows.to(x.device)
+            x, residual = x[rows], residual[rows]
+        if x.device != self.norm.weight.device:
+            x, residual = cross(self.norm.weight.device, x, residual)
         normed, _ = self.norm(x, residual)
         logits: Tensor = self.output(normed)
         return logits.float()

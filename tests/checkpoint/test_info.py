@@ -214,3 +214,38 @@ def test_the_text_leaves_out_what_does_not_apply() -> None:
     assert "params.json" not in said and "such devices" not in said
     assert re.search(r"^files +1 shard of 3\.75 MB$", said, re.MULTILINE)
     assert re.search(r"^KV cache +6\.29 MB for 8 sequences of 512 tokens$", said, re.MULTILINE)
+
+
+# ------------------------------------------------------------------------------------------------------- placement
+
+PLACED_TEXT = """\
+as placed, in bfloat16            weights   KV cache  workspace        limit
+cuda:0: embeddings, layers 0-34  60.42 GB  587.20 MB    1.24 GB     63.00 GB
+cuda:1: layers 35-53             32.51 GB  318.77 MB    1.24 GB     35.00 GB
+cpu: layers 54-70                29.09 GB  285.21 MB    1.24 GB     35.00 GB
+disk: layers 71-79, output       15.93 GB  150.99 MB    4.21 GB  that of cpu
+fits: yes
+"""
+
+
+def placed_text(found: Info) -> str:
+    return text(found).partition("as placed")[2]
+
+
+def test_the_map_is_shown_before_anything_is_read(of_size: Callable, machine: Callable) -> None:
+    """Also of devices that this machine does not have; a map by hand that does not fit says why."""
+    machine(150 * 10**9)
+    folder, limits = of_size(SEVENTY, 28672, 1024, 8), {"cuda:0": "63GB", "cuda:1": "35GB", "cpu": "35GB"}
+    found = describe(folder, 4096, 1, limits)
+    assert "as placed" + placed_text(found) + "\n" == PLACED_TEXT
+    assert json.loads(json.dumps(found)) == found
+    stages = found["placement"]["stages"]
+    assert [(stage["device"], stage["layers"]) for stage in stages] == [
+        ("cuda:0", 35), ("cuda:1", 19), ("cpu", 17), ("disk", 9)
+    ]  # fmt: skip
+    by_hand = describe(folder, 4096, 1, limits, {"layers.0-39": "cuda:0", "layers.40-79": "cuda:1"})
+    assert not by_hand["placement"]["fits"] and by_hand["placement"]["reason"] in placed_text(by_hand)
+    assert (
+        placed_text(by_hand).splitlines()[-1].startswith("fits: no, not enough memory on cuda:0 for embeddings, layers")
+    )
+    assert describe(folder, 4096, 1)["placement"] is None and "as placed" not in text(describe(folder, 4096, 1))

@@ -97,7 +97,8 @@ def test_every_rank_gets_its_slices(
             monkeypatch.setattr(file, "model_parallel_size", lambda: processes)
         monkeypatch.setattr(loader, "model_parallel_rank", lambda rank=rank: rank)
         model = Transformer(ModelArgs(**params))
-        loader.fill(model, MetaFolder(folder), CPU, torch.float32)
+        held = loader.Held(CPU, torch.float32, torch.float32)
+        loader.fill(model, MetaFolder(folder), {name: held for name, _ in model.named_parameters()})
         assert_same(model, expected_parameters(weights, processes, rank))
 
 
@@ -500,7 +501,7 @@ def test_what_weights_and_cache_need_is_exact(processes: int, monkeypatch: pytes
 
 def test_free_memory_is_shared_among_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8000}))
-    monkeypatch.setattr(memory, "_cgroup_free", lambda: 6000)
+    monkeypatch.setattr(memory, "_cgroup", lambda: (9000, 6000))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert memory.free_bytes(CPU) == 6000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -524,7 +525,7 @@ def test_a_containers_limit_counts_but_not_its_page_cache(
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(memory, "Path", lambda path: tmp_path if path == "/sys/fs/cgroup" else Path(path))
-    assert memory._cgroup_free() == free
+    assert memory._cgroup()[1] == free
 
 
 LOAD = """

@@ -20,7 +20,7 @@ from conftest import DEMO, ROOT
 from torch import Tensor
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import loader, writer
+from llama.checkpoint import source, writer
 from llama.checkpoint.checklist import read_checklist, verify
 from llama.checkpoint.files import open_shard
 from llama.checkpoint.layout import expected_shapes
@@ -293,7 +293,7 @@ def test_an_interruption_leaves_nothing(
         calls.append(1)
         if len(calls) == place:
             raise KeyboardInterrupt
-        loader.read_slice(*arguments)
+        source.read_slice(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "read_slice", interrupted)
@@ -330,7 +330,7 @@ def test_at_no_moment_does_a_part_look_like_the_whole(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from llama.checkpoint import writer
+from llama.checkpoint import source, writer
 
 read, calls = writer.read_slice, []
 

@@ -18,7 +18,7 @@ from conftest import DEMO, ROOT
 from near_ties import QUANTIZED, assert_agree, logits_of
 
 from llama import Llama, SamplingParams
-from llama.checkpoint import loader
+from llama.checkpoint import parameters
 from llama.checkpoint.info import describe
 from llama.checkpoint.writer import quantize, reshard
 from llama.errors import CheckpointError, ParameterError
@@ -133,7 +133,7 @@ def test_what_cannot_be_had_is_refused(tmp_path: Path, build: Callable[..., Llam
 def test_matrices_are_quantised_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the next one is read, the one before is gone: the peak is the quantised model and one matrix."""
     seen: list[weakref.ref[torch.Tensor]] = []
-    quantizer = loader.quantize
+    quantizer = parameters.quantize
 
     def watched(weight: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
         gc.collect()
@@ -141,6 +141,6 @@ def test_matrices_are_quantised_one_by_one(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append(weakref.ref(weight))
         return quantizer(weight, form)
 
-    monkeypatch.setattr(loader, "quantize", watched)
+    monkeypatch.setattr(parameters, "quantize", watched)
     demo(quantize="int8")
     assert len(seen) == 17
