@@ -9,8 +9,8 @@ Each figure is the median over rounds; in a round every runner loads in a proces
 time from the first to the last of some new tokens after a prompt of 16; its limit is the rate at which memory is read,
 measured before each runner, over the bytes of the weights that a token needs; prefill is the time to one token after
 512, the median of three; the ragged batch has prompts of 16 to 384 tokens and 32 new ones each. The first token after
-start is that of a prompt of 16, with the load, from files that are in memory. Quantised files are made beforehand for
-every runner. The medians are drawn in cpu.png.
+start is that of a prompt of 16, with the load, from files that are in memory. No runner ends a text. Quantised files
+are made beforehand for every runner. The medians are drawn in cpu.png.
 """
 
 import json
