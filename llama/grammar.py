@@ -255,16 +255,18 @@ def _source(name: str, given: Any) -> str:
         from llguidance import LLMatcher
     except ImportError:
         raise ParameterError(
-            f"{name} needs the package llguidance, which is not here: pip install llguidance"
+            f'{name} needs the package llguidance, which is not here: pip install "llama-runner[grammar]"'
         ) from None
     try:
         json.dumps(given, ensure_ascii=False).encode()
+        source = _READ[name](given)
+        failed, said = LLMatcher.validate_grammar_with_warnings(source)
+        place = _pointer(given, said[0]) if failed and name == "json_schema" else ""
     except UnicodeEncodeError:
         raise ParameterError(f"{name} has half of a surrogate pair, which is no character: give whole ones") from None
-    source = _READ[name](given)
-    failed, said = LLMatcher.validate_grammar_with_warnings(source)
+    except RecursionError:
+        raise ParameterError(f"{name} is nested too deeply to be followed: give one of fewer levels") from None
     if failed:
-        place = _pointer(given, said[0]) if name == "json_schema" else ""
         raise ParameterError(f"{name} cannot be followed: {place}{_place(said[0])}")
     return source
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,9 @@ def test_log_probabilities_are_those_of_the_model_itself(build: Any) -> None:
     assert result["top_logprobs"][0][0]["logprob"] >= result["logprobs"][0]
 
 
+DEEP: dict = reduce(lambda part, _: {"items": part}, range(600), {})
+
+
 @pytest.mark.parametrize(
     ("form", "said"),
     [
@@ -193,6 +197,7 @@ def test_log_probabilities_are_those_of_the_model_itself(build: Any) -> None:
         ({"grammar": "start: foo"}, "grammar cannot be followed: line 1, column 8: .*foo"),
         ({"regex": "a\ud800"}, "regex has half of a surrogate pair"),
         ({"json_schema": {"const": "\ud800"}}, "json_schema has half of a surrogate pair"),
+        ({"json_schema": DEEP}, "json_schema .*(nested too deeply|recursion)"),
         ({"grammar": "root ::= foo"}, "grammar cannot be followed: .*foo"),
         ({"regex": "a", "choices": ["b"]}, "regex and choices were both given"),
         ({"regex": "a", "num_beams": 2}, "regex with num_beams=2"),
@@ -217,7 +222,7 @@ def test_a_form_that_other_parameters_forbid_is_an_error_of_its_request(build: A
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, build: Any) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ParameterError, match=r"regex needs the package llguidance.*pip install llguidance"):
+    with pytest.raises(ParameterError, match=r"regex needs the package llguidance.*llama-runner\[grammar\]"):
         build().text_completion([PROMPT], regex="a")
 
 
