@@ -115,7 +115,7 @@ def test_a_pace_follows_the_rate_of_right_drafts(right: float, price: float, see
         if n:
             pace.learn(n, next((i for i in range(n) if rng.random() >= right), n), price)
         assert 0 <= pace.rate <= 1
-    assert drafted < 200 if right < price / 4 else drafted > 300 if right > (3 + price) / 4 else True
+    assert drafted < 200 if right < price / 4 else drafted > 300 if right > (7 + price) / 8 else True
 
 
 @given(
