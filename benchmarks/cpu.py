@@ -30,6 +30,7 @@ from models import VOCABULARY, make_checkpoint
 from report import header, table
 
 from llama import ModelArgs
+from llama.bench.peak import forget_peak
 from llama.checkpoint.layout import expected_shapes
 from llama.checkpoint.writer import quantize
 
@@ -78,6 +79,7 @@ def build(runner: str, folder: Path, precision: str) -> Any:
 def work(runner: str, folder: str, precision: str) -> None:
     """In a process of its own: measure one runner, print its figures as JSON."""
     rate = read_rate()
+    forget_peak(torch.device("cpu"))  # which was that of the rate's buffer
     read_files(Path(folder), runner, precision)
     begun = time.perf_counter()
     model = build(runner, Path(folder), precision)
@@ -131,7 +133,7 @@ def bytes_of_token(folder: Path, precision: str) -> float:
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process held, mapped files included, since it was started."""
+    """The most memory that this process held, mapped files included, since the peak was forgotten."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 
