@@ -6,7 +6,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = (
-    "quantize", "pack", "quantized", "plain", "tiles", "neon", "ops", "attention", "sample", "decode_step",
+    "team", "quantize", "pack", "quantized", "plain", "tiles", "neon", "ops", "attention", "sample", "decode_step",
 )  # fmt: skip
 
 

@@ -12,14 +12,6 @@ enum { TOGETHER = 24, CHUNK = 128 }; /* rows, and positions, that share what is 
 enum { AHEAD = 2048 };               /* how far ahead values are fetched, in bytes */
 enum { TILE = 6, WIDE = 4 };         /* rows, and vectors of each, whose sums are in registers */
 
-typedef struct {
-    const void *q, *keys, *values;
-    void *out;
-    const int64_t *rows, *starts, *lengths;
-    int64_t longest, stride, n_heads, n_kv_heads, head_dim;
-    int dtype, stored, variant; /* of q and out; of keys and values */
-} Attention;
-
 /* Query heads head … head + heads − 1 of tokens first … first + tokens − 1, which all have the kv head. */
 typedef struct {
     int64_t first, head;
@@ -239,7 +231,7 @@ static void attend(const Attention *a, const Group *g, int64_t kv, const Room *r
     }
 }
 
-/* ------------------------------------------------------------------------------------------------- what Python calls */
+/* ------------------------------------------------------------------------------------------------- all groups */
 
 static uint8_t *take(uint8_t **at, int64_t bytes) {
     uint8_t *part = *at;
@@ -264,37 +256,41 @@ int64_t llama_attend_workspace(int64_t longest, int64_t head_dim, int threads) {
 }
 
 /* How many tokens from i on are of one slot and at positions one after the other, up to `most`. */
-static int tokens_together(const Attention *a, int64_t i, int64_t n, int64_t most) {
+static int tokens_together(const Attention *a, int64_t i, int64_t most) {
     int64_t end = i + 1;
-    while (end < n && end - i < most && a->starts[end] == a->starts[i] && a->lengths[end] == a->lengths[end - 1] + 1) end++;
+    while (end < a->n && end - i < most && a->starts[end] == a->starts[i] && a->lengths[end] == a->lengths[end - 1] + 1) end++;
     return (int)(end - i);
 }
 
-/* Query i, row `rows[i]` of q and out (·, H, D), looks at the first lengths[i] ≤ `longest` positions that begin at token row
-   starts[i] of the cache, whose heads are `stride` numbers apart. */
+/* What a thread does of attention: it takes one group after the other that nobody has. Each thread finds the same groups. */
+void llama_attend_share(const Attention *a, uint8_t *workspace, Team team) {
+    const int64_t per = a->n_heads / a->n_kv_heads, most = per < TOGETHER ? TOGETHER / per : 1, size = least(per, TOGETHER);
+    const int64_t parts = (per + size - 1) / size, groups = a->n_kv_heads * parts; /* of the same tokens */
+    uint8_t *at = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
+    Room room;
+    for (int thread = 0; thread <= team.thread; thread++) room = room_of(a->longest, a->head_dim, &at);
+    int64_t first = 0, done = 0, next = llama_claim(team);
+    while (first < a->n) {
+        const int tokens = tokens_together(a, first, most);
+        for (; next < done + groups; next = llama_claim(team)) {
+            int64_t group = next - done, head = group % parts * size;
+            const Group g = {first, group / parts * per + head, tokens, (int)least(size, per - head)};
+            attend(a, &g, group / parts, &room);
+        }
+        done += groups;
+        first += tokens;
+    }
+}
+
+/* The whole of attention, by `threads` threads. */
 void llama_attend(
     const void *q, const void *keys, const void *values, void *out, const int64_t *rows, const int64_t *starts,
     const int64_t *lengths, uint8_t *workspace, int64_t n, int64_t longest, int64_t stride, int64_t n_heads,
     int64_t n_kv_heads, int64_t head_dim, int dtype, int stored, int variant, int threads
 ) {
-    const Attention a = {q, keys, values, out, rows, starts, lengths, longest, stride, n_heads, n_kv_heads, head_dim, dtype,
+    const Attention a = {q, keys, values, out, rows, starts, lengths, n, longest, stride, n_heads, n_kv_heads, head_dim, dtype,
                          stored, variant};
-    const int64_t per = n_heads / n_kv_heads, most = per < TOGETHER ? TOGETHER / per : 1, size = least(per, TOGETHER);
-    const int64_t parts = (per + size - 1) / size;
+    Meeting meeting = {0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        uint8_t *at = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
-        Room room;
-        for (int thread = 0; thread <= llama_thread(); thread++) room = room_of(longest, head_dim, &at);
-        int64_t tokens;
-        for (int64_t i = 0; i < n; i += tokens) { /* each thread finds the same groups, and takes its share of their heads */
-            tokens = tokens_together(&a, i, n, most);
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t task = 0; task < n_kv_heads * parts; task++) {
-                int64_t head = task % parts * size;
-                const Group g = {i, task / parts * per + head, (int)tokens, (int)least(size, per - head)};
-                attend(&a, &g, task / parts, &room);
-            }
-        }
-    }
+    llama_attend_share(&a, workspace, llama_team(&meeting));
 }

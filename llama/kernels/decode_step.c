@@ -24,13 +24,20 @@ typedef struct {
 
 /* ------------------------------------------------------------------------------------------------- a layer */
 
-static void product(const Shape *s, int format, const void *x, const void *w, const void *scales, void *y, int64_t inputs,
-                    int64_t outputs, uint8_t *workspace) {
-    llama_product(x, w, scales, y, workspace, s->n, inputs, outputs, s->dtype, format, s->variant, s->threads);
+/* A thread's share of a product. */
+static void multiply(const Shape *s, int format, const void *x, const void *w, const void *scales, void *y, int64_t inputs,
+                     int64_t outputs, uint8_t *workspace, Team team) {
+    const Product p = {x, w, scales, y, workspace, s->n, inputs, outputs, s->dtype, format, s->variant};
+    llama_multiply(&p, team);
 }
 
-static void add(const Shape *s, void *x, const void *y) {
-    for (int64_t i = 0; i < s->n * s->dim; i++)
+/* The rows that are a thread's: */
+static int64_t first_row(const Shape *s, Team team) { return s->n * team.thread / team.threads; }
+static int64_t last_row(const Shape *s, Team team) { return s->n * (team.thread + 1) / team.threads; }
+
+/* x + y → x, for a thread's rows. */
+static void add(const Shape *s, void *x, const void *y, Team team) {
+    for (int64_t i = first_row(s, team) * s->dim; i < last_row(s, team) * s->dim; i++)
         write_number(x, s->dtype, i, read_number(x, s->dtype, i) + read_number(y, s->dtype, i));
 }
 
@@ -80,23 +87,39 @@ int64_t llama_step_workspace(const Shape *shape, int64_t longest) {
     return (int64_t)(uintptr_t)parts_of(shape, longest, 0).end + 64;
 }
 
-static void run_layer(const Shape *s, const Layer *layer, int64_t longest, const Parts *p) {
-    int64_t heads = s->n_heads * s->head_dim, stride = s->slots * s->max_seq_len * s->head_dim;
-    int few = s->n * s->dim > 1 << 14 ? s->threads : 1, attending = s->n * longest * heads > 1 << 14 ? s->threads : 1;
-    llama_rms_norm(p->x, layer->attention_norm, p->normed, s->n, s->dim, s->eps, s->dtype, s->variant, few);
-    product(s, s->format, p->normed, layer->wqkv, layer->wqkv_scales, p->wide, s->dim,
-            heads + 2 * s->n_kv_heads * s->head_dim, p->product);
-    llama_rope(p->wide, p->freqs_cis, p->q, layer->keys, layer->values, p->places, s->n, stride, s->n_heads, s->n_kv_heads,
-               s->head_dim, s->dtype, s->stored, s->variant, few);
-    llama_attend(p->q, layer->keys, layer->values, p->attended, p->rows, p->starts, p->lengths, p->attention, s->n,
-                 longest, stride, s->n_heads, s->n_kv_heads, s->head_dim, s->dtype, s->stored, s->variant, attending);
-    product(s, s->format, p->attended, layer->wo, layer->wo_scales, p->result, heads, s->dim, p->product);
-    add(s, p->x, p->result);
-    llama_rms_norm(p->x, layer->ffn_norm, p->normed, s->n, s->dim, s->eps, s->dtype, s->variant, few);
-    product(s, s->format, p->normed, layer->w13, layer->w13_scales, p->wide, s->dim, 2 * s->hidden, p->product);
-    llama_silu_and_mul(p->wide, p->normed, s->n, s->hidden, s->dtype, s->variant, few);
-    product(s, s->format, p->normed, layer->w2, layer->w2_scales, p->result, s->hidden, s->dim, p->product);
-    add(s, p->x, p->result);
+/* RMSNorm of x, for a thread's rows. */
+static void norm(const Shape *s, const void *weight, const Parts *p, Team team) {
+    llama_norm_rows(p->x, weight, p->normed, first_row(s, team), last_row(s, team), s->dim, s->eps, s->dtype, s->variant);
+}
+
+/* What a thread does of a layer. Its norm is done already; at its end comes that of the next one, with the weight `next`. */
+static void run_layer(const Shape *s, const Layer *layer, const void *next, int64_t longest, const Parts *p, Team team) {
+    const int64_t heads = s->n_heads * s->head_dim, stride = s->slots * s->max_seq_len * s->head_dim;
+    const Rope rope = {p->wide, p->freqs_cis, p->q, layer->keys, layer->values, p->places, stride, s->n_heads, s->n_kv_heads,
+                       s->head_dim, s->dtype, s->stored};
+    const Attention attention = {p->q, layer->keys, layer->values, p->attended, p->rows, p->starts, p->lengths, s->n, longest,
+                                 stride, s->n_heads, s->n_kv_heads, s->head_dim, s->dtype, s->stored, s->variant};
+    multiply(s, s->format, p->normed, layer->wqkv, layer->wqkv_scales, p->wide, s->dim,
+             heads + 2 * s->n_kv_heads * s->head_dim, p->product, team);
+    llama_meet(team);
+    llama_rope_rows(&rope, first_row(s, team), last_row(s, team), s->variant);
+    llama_meet(team);
+    llama_attend_share(&attention, p->attention, team);
+    llama_meet(team);
+    multiply(s, s->format, p->attended, layer->wo, layer->wo_scales, p->result, heads, s->dim, p->product, team);
+    llama_meet(team);
+    add(s, p->x, p->result, team);
+    norm(s, layer->ffn_norm, p, team);
+    llama_meet(team);
+    multiply(s, s->format, p->normed, layer->w13, layer->w13_scales, p->wide, s->dim, 2 * s->hidden, p->product, team);
+    llama_meet(team);
+    llama_silu_and_mul_share(p->wide, p->normed, s->n, s->hidden, s->dtype, s->variant, team.thread, team.threads);
+    llama_meet(team);
+    multiply(s, s->format, p->normed, layer->w2, layer->w2_scales, p->result, s->hidden, s->dim, p->product, team);
+    llama_meet(team);
+    add(s, p->x, p->result, team);
+    norm(s, next, p, team);
+    llama_meet(team);
 }
 
 /* tokens[i] at positions[i] of slot slots[i] → logits (n, vocab). Tokens of one slot, at positions one after the other,
@@ -105,8 +128,8 @@ void llama_step(
     const Layer *layers, int64_t n_layers, const Ends *ends, const Shape *s, const int64_t *tokens, const int64_t *slots,
     const int64_t *positions, int64_t longest, float *logits, uint8_t *workspace
 ) {
-    Parts p = parts_of(s, longest, workspace);
-    int64_t row_bytes = s->dim * (s->dtype == BFLOAT16 ? 2 : 4);
+    const Parts p = parts_of(s, longest, workspace);
+    const int64_t row_bytes = s->dim * (s->dtype == BFLOAT16 ? 2 : 4), numbers = s->n * s->vocab;
     for (int64_t i = 0; i < s->n; i++) {
         memcpy((char *)p.x + i * row_bytes, (const char *)ends->embeddings + tokens[i] * row_bytes, row_bytes);
         memcpy(p.freqs_cis + i * s->head_dim, ends->freqs_cis + positions[i] * s->head_dim, s->head_dim * sizeof(float));
@@ -115,8 +138,18 @@ void llama_step(
         p.places[i] = p.starts[i] + positions[i];
         p.lengths[i] = positions[i] + 1;
     }
-    for (int64_t i = 0; i < n_layers; i++) run_layer(s, layers + i, longest, &p);
-    llama_rms_norm(p.x, ends->norm, p.normed, s->n, s->dim, s->eps, s->dtype, s->variant, 1);
-    product(s, s->output_format, p.normed, ends->output, ends->output_scales, p.wide, s->dim, s->vocab, p.product);
-    for (int64_t i = 0; i < s->n * s->vocab; i++) logits[i] = read_number(p.wide, s->dtype, i);
+    Meeting meeting = {0};
+#pragma omp parallel num_threads(s->threads) if (s->threads > 1)
+    {
+        const Team team = llama_team(&meeting);
+        norm(s, n_layers ? layers[0].attention_norm : ends->norm, &p, team);
+        llama_meet(team);
+        for (int64_t i = 0; i < n_layers; i++)
+            run_layer(s, layers + i, i + 1 < n_layers ? layers[i + 1].attention_norm : ends->norm, longest, &p, team);
+        multiply(s, s->output_format, p.normed, ends->output, ends->output_scales, p.wide, s->dim, s->vocab, p.product, team);
+        llama_meet(team);
+        for (int64_t i = numbers * team.thread / team.threads; i < numbers * (team.thread + 1) / team.threads; i++)
+            logits[i] = read_number(p.wide, s->dtype, i);
+        llama_meet(team); /* and so OpenMP's own barrier, next, lasts no longer than the moment */
+    }
 }

@@ -41,14 +41,37 @@ enum { GROUP = 32, BLOCK_ROWS = 16 }; /* inputs that share a scale; rows of a bl
 #include <omp.h>
 #endif
 
-/* The number of this thread, of those that share a piece of work. */
-INLINE int llama_thread(void) {
+/* ------------------------------------------------------------------------------------------------- threads */
+
+/* Where the threads of a team meet; see team.c. All zero before its first use. */
+typedef struct {
+    _Alignas(64) uint32_t turn; /* the number of meetings that are over */
+    int32_t asleep;
+    _Alignas(64) int32_t arrived;
+    _Alignas(64) int64_t claimed; /* pieces of work that were taken since the last meeting */
+} Meeting;
+
+/* A thread, of those that share some work. */
+typedef struct {
+    Meeting *meeting;
+    int thread, threads;
+} Team;
+
+/* This thread among those of the parallel region. */
+INLINE Team llama_team(Meeting *meeting) {
 #if defined(_OPENMP)
-    return omp_get_thread_num();
+    return (Team){meeting, omp_get_thread_num(), omp_get_num_threads()};
 #else
-    return 0;
+    return (Team){meeting, 0, 1};
 #endif
 }
+
+/* The next piece of work that nobody has taken since the last meeting. */
+INLINE int64_t llama_claim(Team team) { return __atomic_fetch_add(&team.meeting->claimed, 1, __ATOMIC_RELAXED); }
+
+void llama_meet(Team team);
+
+/* ------------------------------------------------------------------------------------------------- numbers */
 
 INLINE float from_bfloat16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -139,16 +162,22 @@ typedef struct {
     int64_t rows;
 } Part;
 
-/* `w`: packed weights, or a table of parts where `format` is AS_STORED + a dtype. */
-void llama_product(
-    const void *x, const void *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
-    int64_t outputs, int dtype, int format, int variant, int threads
-);
+/* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, x and y of `dtype`. `w`: packed weights, with inputs a multiple of
+   GROUP, or a table of parts where `format` is AS_STORED + a dtype. */
+typedef struct {
+    const void *x, *w;
+    const uint16_t *scales;
+    void *y;
+    uint8_t *workspace;
+    int64_t n, inputs, outputs;
+    int dtype, format, variant;
+} Product;
+
+/* A thread's share of a product. All of y is there when the team meets again. */
+void llama_multiply(const Product *p, Team team);
+void llama_multiply_plain(const Product *p, Team team);
+void llama_multiply_tiles(const Product *p, Team team);
 int64_t llama_plain_workspace(int64_t n, int64_t inputs, int dtype, int stored, int variant);
-void llama_plain_product(
-    const void *x, const Part *parts, void *y, uint8_t *workspace, int64_t n, int64_t inputs, int64_t outputs, int dtype,
-    int stored, int variant, int threads
-);
 
 /* A product of plain.c: x in the form that the variant reads, bfloat16 (`pairs`) or float32, its rows `stride` numbers apart;
    y of `dtype`, its rows `outputs` numbers apart; W `stored` in its own way. */
@@ -163,10 +192,6 @@ typedef struct {
 int llama_multiplies_pairs(int stored, int variant);
 void llama_multiply_near(const Plain *p, int64_t begin, int64_t end, int64_t n, int variant);
 int64_t llama_tiles_workspace(int64_t n, int64_t inputs, int threads);
-void llama_tiles_product(
-    const uint16_t *x, const uint8_t *w, const uint16_t *scales, uint16_t *y, uint8_t *workspace, int64_t n, int64_t inputs,
-    int64_t outputs, int format, int threads
-);
 int llama_arm_variant(void);
 void llama_arm_rows(
     const uint8_t *const *w, int streams, const void *x, int64_t stride, int64_t inputs, int rows, int stored, int pairs,
@@ -175,18 +200,38 @@ void llama_arm_rows(
 void llama_arm_block(
     const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t row, int rows, int format, int variant, float *y
 );
-void llama_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t dim, float eps, int dtype, int variant,
-                    int threads);
-void llama_rope(
-    const void *heads, const float *freqs_cis, void *q, void *keys, void *values, const int64_t *places, int64_t n,
-    int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int stored, int variant, int threads
+
+/* Rows begin … end of y (n, dim) = x / √(mean x² + eps) · weight. */
+void llama_norm_rows(
+    const void *x, const void *weight, void *y, int64_t begin, int64_t end, int64_t dim, float eps, int dtype, int variant
 );
+
+/* heads (n, H + 2K, D), freqs_cis (n, D): cosine, sine, cosine, … → q (n, H, D); keys and values go to the token rows
+   `places` of the cache (K, rows, D), whose heads are `stride` numbers apart, and whose numbers are of `dtype` or FLOAT8. */
+typedef struct {
+    const void *heads;
+    const float *freqs_cis;
+    void *q, *keys, *values;
+    const int64_t *places;
+    int64_t stride, n_heads, n_kv_heads, head_dim;
+    int dtype, stored;
+} Rope;
+void llama_rope_rows(const Rope *r, int64_t begin, int64_t end, int variant);
+
+/* Query i, row `rows[i]` of q and out (·, H, D), looks at the first lengths[i] ≤ `longest` positions that begin at token row
+   starts[i] of the cache, whose heads are `stride` numbers apart. */
+typedef struct {
+    const void *q, *keys, *values;
+    void *out;
+    const int64_t *rows, *starts, *lengths;
+    int64_t n, longest, stride, n_heads, n_kv_heads, head_dim;
+    int dtype, stored, variant; /* of q and out; of keys and values */
+} Attention;
 int64_t llama_attend_workspace(int64_t longest, int64_t head_dim, int threads);
-void llama_attend(
-    const void *q, const void *keys, const void *values, void *out, const int64_t *rows, const int64_t *starts,
-    const int64_t *lengths, uint8_t *workspace, int64_t n, int64_t longest, int64_t stride, int64_t n_heads,
-    int64_t n_kv_heads, int64_t head_dim, int dtype, int stored, int variant, int threads
-);
-void llama_silu_and_mul(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int threads);
+void llama_attend_share(const Attention *a, uint8_t *workspace, Team team);
+
+/* A thread's share of both (n, 2F) → silu(first half) · second half (n, F). */
+void llama_silu_and_mul_share(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int thread,
+                              int threads);
 
 #endif

@@ -114,36 +114,49 @@ VARIANTS(AVX512, avx512)
 #define CALL(name, ...) name##_portable(__VA_ARGS__)
 #endif
 
+/* ------------------------------------------------------------------------------------------------- a thread's share */
+
+void llama_norm_rows(
+    const void *x, const void *weight, void *y, int64_t begin, int64_t end, int64_t dim, float eps, int dtype, int variant
+) {
+    for (int64_t row = begin; row < end; row++) CALL(norm, x, weight, y, row * dim, dim, eps, dtype);
+}
+
+void llama_rope_rows(const Rope *r, int64_t begin, int64_t end, int variant) {
+    for (int64_t row = begin; row < end; row++)
+        CALL(rope, r->heads, r->freqs_cis + row * r->head_dim, r->q, r->keys, r->values, row, r->places[row], r->stride,
+             r->n_heads, r->n_kv_heads, r->head_dim, r->dtype, r->stored);
+}
+
+void llama_silu_and_mul_share(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int thread,
+                              int threads) {
+    int64_t total = n * hidden, begin = total * thread / threads, end = total * (thread + 1) / threads;
+    for (int64_t row = begin / hidden; row * hidden < end; row++) {
+        int64_t from = begin > row * hidden ? begin - row * hidden : 0;
+        int64_t to = end - row * hidden < hidden ? end - row * hidden : hidden;
+        CALL(silu_and_mul, both, y, row, from, to, hidden, dtype);
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------- what Python calls */
 
-/* y (n, dim) = x / √(mean x² + eps) · weight. */
 void llama_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t dim, float eps, int dtype, int variant,
                     int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n >= threads * 4)
-    for (int64_t row = 0; row < n; row++) CALL(norm, x, weight, y, row * dim, dim, eps, dtype);
+    for (int64_t row = 0; row < n; row++) llama_norm_rows(x, weight, y, row, row + 1, dim, eps, dtype, variant);
 }
 
-/* heads (n, H + 2K, D), freqs_cis (n, D): cosine, sine, cosine, … → q (n, H, D); keys and values go to the token rows
-   `places` of the cache (K, rows, D), whose heads are `stride` numbers apart, and whose numbers are of `dtype` or FLOAT8. */
 void llama_rope(
     const void *heads, const float *freqs_cis, void *q, void *keys, void *values, const int64_t *places, int64_t n,
     int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int stored, int variant, int threads
 ) {
+    const Rope rope = {heads, freqs_cis, q, keys, values, places, stride, n_heads, n_kv_heads, head_dim, dtype, stored};
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n >= threads * 4)
-    for (int64_t row = 0; row < n; row++)
-        CALL(rope, heads, freqs_cis + row * head_dim, q, keys, values, row, places[row], stride, n_heads, n_kv_heads,
-             head_dim, dtype, stored);
+    for (int64_t row = 0; row < n; row++) llama_rope_rows(&rope, row, row + 1, variant);
 }
 
-/* both (n, 2F) → silu(first half) · second half (n, F). */
 void llama_silu_and_mul(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
-    for (int thread = 0; thread < threads; thread++) {
-        int64_t total = n * hidden, begin = total * thread / threads, end = total * (thread + 1) / threads;
-        for (int64_t row = begin / hidden; row * hidden < end; row++) {
-            int64_t from = begin > row * hidden ? begin - row * hidden : 0;
-            int64_t to = end - row * hidden < hidden ? end - row * hidden : hidden;
-            CALL(silu_and_mul, both, y, row, from, to, hidden, dtype);
-        }
-    }
+    for (int thread = 0; thread < threads; thread++)
+        llama_silu_and_mul_share(both, y, n, hidden, dtype, variant, thread, threads);
 }

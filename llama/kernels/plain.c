@@ -389,35 +389,23 @@ static void some_rows(const Plain *p, int64_t begin, int64_t end, int64_t n, int
     else llama_multiply_near(p, begin, end, n, variant);
 }
 
-/* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, x and y of `dtype`, W in parts, each `stored` as bfloat16, float16
-   or float32. */
-void llama_plain_product(
-    const void *x, const Part *parts, void *y, uint8_t *workspace, int64_t n, int64_t inputs, int64_t outputs, int dtype,
-    int stored, int variant, int threads
-) {
-    int as_is = as_it_is(dtype, stored, variant), copied = !as_is || n > FEW;
-    int64_t size = as_is ? bytes_of(dtype) : 4, stride = copied ? copied_stride(inputs, size) : inputs;
-    uint8_t *copy = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
-    const Plain p = {copied ? copy : x, 0, 0, inputs, outputs, stride, dtype, stored, as_is && dtype == BFLOAT16};
-    if (copied && n <= MOST_FEW) /* one thread is faster than waking the others */
-        for (int64_t row = 0; row < n; row++) copy_row(x, copy, row, &p, as_is);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        if (n > MOST_FEW) {
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < n; row++) copy_row(x, copy, row, &p, as_is);
-        }
-        Plain own = p;
-        int64_t done = 0;
-        for (const Part *part = parts; done < outputs; done += part++->rows) {
-            int64_t share = (part->rows + threads - 1) / threads;
-            own.w = part->w;
-            own.y = (uint8_t *)y + done * bytes_of(dtype);
-#pragma omp for schedule(static, 1) nowait
-            for (int thread = 0; thread < threads; thread++) {
-                int64_t begin = thread * share, end = begin + share < part->rows ? begin + share : part->rows;
-                if (begin < end) some_rows(&own, begin, end, n, variant);
-            }
-        }
+/* A thread's share of a product with W in parts, each stored in the one way that `format` says. */
+void llama_multiply_plain(const Product *product, Team team) {
+    const int64_t n = product->n, inputs = product->inputs;
+    const int dtype = product->dtype, stored = product->format - AS_STORED, variant = product->variant;
+    const int as_is = as_it_is(dtype, stored, variant), copied = !as_is || n > FEW;
+    const int64_t size = as_is ? bytes_of(dtype) : 4, stride = copied ? copied_stride(inputs, size) : inputs;
+    uint8_t *copy = (uint8_t *)(((uintptr_t)product->workspace + 63) & ~(uintptr_t)63);
+    Plain p = {copied ? copy : product->x, 0, 0, inputs, product->outputs, stride, dtype, stored, as_is && dtype == BFLOAT16};
+    if (copied) {
+        for (int64_t row = team.thread; row < n; row += team.threads) copy_row(product->x, copy, row, &p, as_is);
+        llama_meet(team);
+    }
+    int64_t done = 0;
+    for (const Part *part = product->w; done < product->outputs; done += part++->rows) {
+        int64_t begin = part->rows * team.thread / team.threads, end = part->rows * (team.thread + 1) / team.threads;
+        p.w = part->w;
+        p.y = (uint8_t *)product->y + done * bytes_of(dtype);
+        if (begin < end) some_rows(&p, begin, end, n, variant);
     }
 }

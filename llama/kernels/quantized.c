@@ -344,38 +344,36 @@ int64_t llama_workspace(int64_t n, int64_t inputs, int dtype, int format, int va
     return n * (inputs + inputs / GROUP * (int64_t)(sizeof(float) + sizeof(int32_t))) + 64;
 }
 
-/* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, x and y of `dtype`; W packed, with inputs a multiple of GROUP, or
-   as it is stored. Packed bfloat16 weights are for USES_AMX only, with x of bfloat16. */
+/* A thread's share of a product. Packed bfloat16 weights are for USES_AMX only, with x of bfloat16. */
+void llama_multiply(const Product *p, Team team) {
+    if (p->format >= AS_STORED) {
+        llama_multiply_plain(p, team);
+        return;
+    }
+    if (uses_tiles(p->n, p->dtype, p->format, p->variant)) {
+        llama_multiply_tiles(p, team);
+        return;
+    }
+    const int64_t n = p->n, inputs = p->inputs, groups = inputs / GROUP, blocks = (p->outputs + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int variant = p->variant > USES_AVX512 && !ARM ? USES_AVX512 : p->variant;
+    uint8_t *at = (uint8_t *)(((uintptr_t)p->workspace + 63) & ~(uintptr_t)63);
+    const Rows rows = {inputs, groups, p->x, (int8_t *)at, (float *)(at + n * inputs),
+                       (int32_t *)(at + n * (inputs + groups * 4)), variant == USES_BF16 ? n / 2 * 2 : 0};
+    if (p->format != PLAIN) {
+        for (int64_t row = team.thread; row < n; row += team.threads) prepare(p->x, p->dtype, row, &rows, variant, p->format);
+        llama_meet(team);
+    }
+    int64_t begin = blocks * team.thread / team.threads, end = blocks * (team.thread + 1) / team.threads;
+    if (begin < end) some_blocks(p->w, p->scales, &rows, n, begin, end, p->outputs, variant, p->format, p->y, p->dtype);
+}
+
+/* The whole of a product, by `threads` threads. */
 void llama_product(
     const void *x, const void *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
     int64_t outputs, int dtype, int format, int variant, int threads
 ) {
-    if (format >= AS_STORED) {
-        llama_plain_product(x, w, y, workspace, n, inputs, outputs, dtype, format - AS_STORED, variant, threads);
-        return;
-    }
-    if (uses_tiles(n, dtype, format, variant)) {
-        llama_tiles_product(x, w, scales, y, workspace, n, inputs, outputs, format, threads);
-        return;
-    }
-    uint8_t *at = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
-    int64_t groups = inputs / GROUP, blocks = (outputs + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    int64_t share = (blocks + threads - 1) / threads;
-    Rows rows = {inputs, groups, x, (int8_t *)at, (float *)(at + n * inputs), (int32_t *)(at + n * (inputs + groups * 4)),
-                 variant == USES_BF16 ? n / 2 * 2 : 0};
-    if (variant > USES_AVX512) variant = USES_AVX512; /* no variant of ARM is */
-    if (n < 4 && format != PLAIN) /* one thread is faster than waking the others */
-        for (int64_t row = 0; row < n; row++) prepare(x, dtype, row, &rows, variant, format);
+    const Product product = {x, w, scales, y, workspace, n, inputs, outputs, dtype, format, variant};
+    Meeting meeting = {0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        if (n >= 4 && format != PLAIN) {
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < n; row++) prepare(x, dtype, row, &rows, variant, format);
-        }
-#pragma omp for schedule(static, 1) nowait
-        for (int thread = 0; thread < threads; thread++) {
-            int64_t begin = thread * share, end = begin + share < blocks ? begin + share : blocks;
-            if (begin < end) some_blocks(w, scales, &rows, n, begin, end, outputs, variant, format, y, dtype);
-        }
-    }
+    llama_multiply(&product, llama_team(&meeting));
 }

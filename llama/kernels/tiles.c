@@ -213,30 +213,23 @@ int64_t llama_tiles_workspace(int64_t n, int64_t inputs, int threads) {
     return 64 + (n + 15) / 16 * 16 * inputs * 2 + threads * scratch_bytes();
 }
 
-/* y (n, outputs) = x (n, inputs) · W (outputs, inputs)ᵀ, x and y bfloat16. Only where the variant is USES_AMX. */
-void llama_tiles_product(
-    const uint16_t *x, const uint8_t *w, const uint16_t *scales, uint16_t *y, uint8_t *workspace, int64_t n, int64_t inputs,
-    int64_t outputs, int format, int threads
-) {
+/* A thread's share of a product, x and y bfloat16. Only where the variant is USES_AMX. */
+void llama_multiply_tiles(const Product *p, Team team) {
 #if X86
-    uint8_t *base = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
-    const Weights weights = {w, scales, inputs, outputs, format};
-    int64_t tall = (n + 15) / 16, blocks = (outputs + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    int64_t share = ((blocks + threads - 1) / threads + 1) / 2 * 2;
-    uint16_t *tiles = (uint16_t *)base;
-    uint8_t *scratch = base + tall * 16 * inputs * 2;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t high = 0; high < tall; high++)
-            lay_out_rows(x + high * 16 * inputs, n - high * 16, inputs, tiles + high * 16 * inputs);
-#pragma omp for schedule(static, 1) nowait
-        for (int thread = 0; thread < threads; thread++) {
-            int64_t begin = thread * share, end = begin + share < blocks ? begin + share : blocks;
-            for (int64_t row = 0; begin < end && row < n; row += MOST_ROWS)
-                some_blocks(tiles + row * inputs, &weights, y + row * outputs, n - row < MOST_ROWS ? n - row : MOST_ROWS, begin,
-                            end, scratch + thread * scratch_bytes());
-        }
-    }
+    const int64_t n = p->n, inputs = p->inputs, tall = (n + 15) / 16, blocks = (p->outputs + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t share = ((blocks + team.threads - 1) / team.threads + 1) / 2 * 2, begin = team.thread * share;
+    const int64_t end = begin + share < blocks ? begin + share : blocks;
+    const Weights weights = {p->w, p->scales, inputs, p->outputs, p->format};
+    const uint16_t *x = p->x;
+    uint16_t *tiles = (uint16_t *)(((uintptr_t)p->workspace + 63) & ~(uintptr_t)63), *y = p->y;
+    uint8_t *scratch = (uint8_t *)(tiles + tall * 16 * inputs) + team.thread * scratch_bytes();
+    for (int64_t high = tall * team.thread / team.threads; high < tall * (team.thread + 1) / team.threads; high++)
+        lay_out_rows(x + high * 16 * inputs, n - high * 16, inputs, tiles + high * 16 * inputs);
+    llama_meet(team);
+    for (int64_t row = 0; begin < end && row < n; row += MOST_ROWS)
+        some_blocks(tiles + row * inputs, &weights, y + row * p->outputs, n - row < MOST_ROWS ? n - row : MOST_ROWS, begin, end,
+                    scratch);
+#else
+    (void)p, (void)team;
 #endif
 }

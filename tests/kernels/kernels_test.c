@@ -16,6 +16,22 @@ void llama_dequantize(
     const uint8_t *w, const uint16_t *scales, void *to, int64_t inputs, int64_t outputs, int dtype, int format,
     int variant, int threads
 );
+void llama_product(
+    const void *x, const void *w, const uint16_t *scales, void *y, uint8_t *workspace, int64_t n, int64_t inputs,
+    int64_t outputs, int dtype, int format, int variant, int threads
+);
+void llama_rms_norm(const void *x, const void *weight, void *y, int64_t n, int64_t dim, float eps, int dtype, int variant,
+                    int threads);
+void llama_rope(
+    const void *heads, const float *freqs_cis, void *q, void *keys, void *values, const int64_t *places, int64_t n,
+    int64_t stride, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int dtype, int stored, int variant, int threads
+);
+void llama_attend(
+    const void *q, const void *keys, const void *values, void *out, const int64_t *rows, const int64_t *starts,
+    const int64_t *lengths, uint8_t *workspace, int64_t n, int64_t longest, int64_t stride, int64_t n_heads,
+    int64_t n_kv_heads, int64_t head_dim, int dtype, int stored, int variant, int threads
+);
+void llama_silu_and_mul(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int threads);
 void llama_greedy(const float *logits, int64_t *tokens, uint8_t *finite, int64_t n, int64_t vocab, int variant);
 int64_t llama_sample_workspace(int64_t vocab);
 void llama_sample(
@@ -93,9 +109,9 @@ typedef struct {
     uint8_t *w;
     uint16_t *scales; /* of packed weights */
     double *exact;    /* (outputs, inputs) */
-} Product;
+} Case;
 
-static void *multiplied(const Product *p, const void *x, int64_t n, int threads) {
+static void *multiplied(const Case *p, const void *x, int64_t n, int threads) {
     int64_t bytes = llama_workspace(n, p->inputs, p->dtype, p->format, p->variant, threads);
     uint8_t *workspace = buffer(bytes);
     void *y = buffer(n * p->outputs * size_of(p->dtype));
@@ -113,12 +129,12 @@ static void *multiplied(const Product *p, const void *x, int64_t n, int threads)
 
 static int64_t padded(int64_t outputs) { return (outputs + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS; }
 
-static int64_t scale_place(const Product *p, int64_t out, int64_t in) {
+static int64_t scale_place(const Case *p, int64_t out, int64_t in) {
     return (out / BLOCK_ROWS * (p->inputs / GROUP) + in / GROUP) * BLOCK_ROWS + out % BLOCK_ROWS;
 }
 
 /* Integers of all values, also −128, which we write nowhere; scales of both signs. */
-static void make_quantised(Product *p) {
+static void make_quantised(Case *p) {
     int64_t groups = p->inputs / GROUP, per = p->format == INT8 ? GROUP : GROUP / 2, fours = per / 4;
     uint8_t *q = buffer(p->outputs * groups * per);
     for (int64_t i = 0; i < p->outputs * groups * per; i++) q[i] = (uint8_t)(below(8) ? below(256) : 0x80);
@@ -136,7 +152,7 @@ static void make_quantised(Product *p) {
     free(q);
 }
 
-static void make_weights(Product *p, float size) {
+static void make_weights(Case *p, float size) {
     p->scales = 0;
     p->exact = buffer(p->outputs * p->inputs * 8);
     if (p->format < PLAIN) {
@@ -154,7 +170,7 @@ static void make_weights(Product *p, float size) {
 }
 
 /* How far a result may be from the exact one: float32 sums, a result in 16 bits, and int8 activations. */
-static double bound(const Product *p, const void *x, int64_t row, int64_t out) {
+static double bound(const Case *p, const void *x, int64_t row, int64_t out) {
     double size = 0, off = 0;
     for (int64_t first = 0; first < p->inputs; first += GROUP) {
         double largest = 0, weights = 0;
@@ -169,7 +185,7 @@ static double bound(const Product *p, const void *x, int64_t row, int64_t out) {
     return size * (p->dtype == BFLOAT16 ? 0x1p-8 : 1e-5) + (p->format < PLAIN ? off * 1.01 : 0) + 1e-37;
 }
 
-static void check_against_doubles(const Product *p, const void *x, const void *y) {
+static void check_against_doubles(const Case *p, const void *x, const void *y) {
     for (int64_t row = 0; row < p->n; row++)
         for (int64_t out = 0; out < p->outputs; out++) {
             double exact = 0, found = get(y, p->dtype, row * p->outputs + out);
@@ -182,7 +198,7 @@ static void check_against_doubles(const Product *p, const void *x, const void *y
 }
 
 /* One number of x, or of W, that is not finite, reaches its own results and no others. */
-static void check_poison(const Product *p, const void *x, const void *y) {
+static void check_poison(const Case *p, const void *x, const void *y) {
     static const float BAD[] = {NAN, INFINITY, -INFINITY};
     int64_t row = below(p->n), out = below(p->outputs), size = size_of(p->dtype), in = below(2) ? p->inputs - 1 : 0;
     int stored = p->format - AS_STORED;
@@ -208,7 +224,7 @@ static void check_poison(const Product *p, const void *x, const void *y) {
 }
 
 static void check_product(int variant, int dtype, int format, int64_t n, int64_t inputs, int64_t outputs, float size) {
-    Product p = {.variant = variant, .dtype = dtype, .format = format, .n = n, .inputs = inputs, .outputs = outputs};
+    Case p = {.variant = variant, .dtype = dtype, .format = format, .n = n, .inputs = inputs, .outputs = outputs};
     make_weights(&p, format < PLAIN || size < 1 ? 1 : 1e-3f);
     void *x = random_numbers(n * inputs, dtype, size), *y = multiplied(&p, x, n, 1);
     void *by_several = multiplied(&p, x, n, SEVERAL);
@@ -235,7 +251,7 @@ static void check_product(int variant, int dtype, int format, int64_t n, int64_t
 
 /* Zeros give zeros. */
 static void check_zeros(int variant, int dtype, int format) {
-    Product p = {.variant = variant, .dtype = dtype, .format = format, .n = 3, .inputs = 96, .outputs = 17};
+    Case p = {.variant = variant, .dtype = dtype, .format = format, .n = 3, .inputs = 96, .outputs = 17};
     make_weights(&p, 1);
     void *x = random_numbers(p.n * p.inputs, dtype, 0), *y = multiplied(&p, x, p.n, 1);
     for (int64_t i = 0; i < p.n * p.outputs; i++)
@@ -275,7 +291,7 @@ static void check_quantising(int variant, int dtype, int format) {
     enum { OUTPUTS = 19, GROUPS = 5 };
     int64_t count = OUTPUTS * GROUPS * GROUP, per = format == INT8 ? GROUP : GROUP / 2;
     double off = 0, all = 0;
-    Product p = {.inputs = GROUPS * GROUP};
+    Case p = {.inputs = GROUPS * GROUP};
     void *from = random_numbers(count, dtype, 1), *back = buffer(count * size_of(dtype));
     uint8_t *q = buffer(count / GROUP * per);
     uint16_t *scales = buffer(OUTPUTS * GROUPS * 2);
