@@ -262,23 +262,27 @@ static int tokens_together(const Attention *a, int64_t i, int64_t most) {
     return (int)(end - i);
 }
 
-/* What a thread does of attention: it takes one group after the other that nobody has. Each thread finds the same groups. */
-void llama_attend_share(const Attention *a, uint8_t *workspace, Team team) {
-    const int64_t per = a->n_heads / a->n_kv_heads, most = per < TOGETHER ? TOGETHER / per : 1, size = least(per, TOGETHER);
-    const int64_t parts = (per + size - 1) / size, groups = a->n_kv_heads * parts; /* of the same tokens */
+/* What a thread does of attention. Each finds the same groups: those of the first tokens, one for each part of a kv head's
+   query heads, then those of the next tokens. */
+void llama_attend_together(const Attention *a, uint8_t *workspace, Team *team) {
+    const int64_t heads = a->n_heads / a->n_kv_heads, most = heads < TOGETHER ? TOGETHER / heads : 1;
+    const int64_t size = least(heads, TOGETHER), parts = (heads + size - 1) / size, each = a->n_kv_heads * parts;
     uint8_t *at = (uint8_t *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
     Room room;
-    for (int thread = 0; thread <= team.thread; thread++) room = room_of(a->longest, a->head_dim, &at);
-    int64_t first = 0, done = 0, next = llama_claim(team);
-    while (first < a->n) {
-        const int tokens = tokens_together(a, first, most);
-        for (; next < done + groups; next = llama_claim(team)) {
-            int64_t group = next - done, head = group % parts * size;
-            const Group g = {first, group / parts * per + head, tokens, (int)least(size, per - head)};
+    for (int thread = 0; thread <= team->thread; thread++) room = room_of(a->longest, a->head_dim, &at);
+    int64_t groups = 0;
+    for (int64_t first = 0; first < a->n; first += tokens_together(a, first, most)) groups += each;
+    const int64_t per = (groups + team->threads - 1) / team->threads;
+    PIECES(piece, team, per) {
+        if (!llama_keep(team, piece)) continue;
+        int64_t first = 0, group = piece, head;
+        for (; group >= each && first < a->n; group -= each) first += tokens_together(a, first, most);
+        if (first < a->n) {
+            head = group % parts * size;
+            const Group g = {first, group / parts * heads + head, tokens_together(a, first, most), (int)least(size, heads - head)};
             attend(a, &g, group / parts, &room);
         }
-        done += groups;
-        first += tokens;
+        llama_done(team, per);
     }
 }
 
@@ -290,7 +294,11 @@ void llama_attend(
 ) {
     const Attention a = {q, keys, values, out, rows, starts, lengths, n, longest, stride, n_heads, n_kv_heads, head_dim, dtype,
                          stored, variant};
-    Meeting meeting = {0};
+    Share shares[threads];
+    Work work = llama_work(shares, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    llama_attend_share(&a, workspace, llama_team(&meeting));
+    {
+        Team team = llama_team(&work);
+        llama_attend_together(&a, workspace, &team);
+    }
 }

@@ -24,21 +24,10 @@ typedef struct {
 
 /* ------------------------------------------------------------------------------------------------- a layer */
 
-/* A thread's share of a product. */
 static void multiply(const Shape *s, int format, const void *x, const void *w, const void *scales, void *y, int64_t inputs,
-                     int64_t outputs, uint8_t *workspace, Team team) {
+                     int64_t outputs, uint8_t *workspace, Team *team) {
     const Product p = {x, w, scales, y, workspace, s->n, inputs, outputs, s->dtype, format, s->variant};
     llama_multiply(&p, team);
-}
-
-/* The rows that are a thread's: */
-static int64_t first_row(const Shape *s, Team team) { return s->n * team.thread / team.threads; }
-static int64_t last_row(const Shape *s, Team team) { return s->n * (team.thread + 1) / team.threads; }
-
-/* x + y → x, for a thread's rows. */
-static void add(const Shape *s, void *x, const void *y, Team team) {
-    for (int64_t i = first_row(s, team) * s->dim; i < last_row(s, team) * s->dim; i++)
-        write_number(x, s->dtype, i, read_number(x, s->dtype, i) + read_number(y, s->dtype, i));
 }
 
 /* The parts of the workspace, each on whole cache lines. */
@@ -87,13 +76,23 @@ int64_t llama_step_workspace(const Shape *shape, int64_t longest) {
     return (int64_t)(uintptr_t)parts_of(shape, longest, 0).end + 64;
 }
 
-/* RMSNorm of x, for a thread's rows. */
-static void norm(const Shape *s, const void *weight, const Parts *p, Team team) {
-    llama_norm_rows(p->x, weight, p->normed, first_row(s, team), last_row(s, team), s->dim, s->eps, s->dtype, s->variant);
+/* The rows of a share. */
+static int64_t first_row(const Shape *s, const Team *team, int64_t share) { return s->n * share / team->threads; }
+
+/* x + y → x, where there is a y, then its RMSNorm. */
+static void add_and_norm(const Shape *s, const void *y, const void *weight, const Parts *p, Team *team) {
+    PIECES(share, team, 1) {
+        if (!llama_keep(team, share)) continue;
+        int64_t begin = first_row(s, team, share), end = first_row(s, team, share + 1);
+        for (int64_t i = begin * s->dim; y && i < end * s->dim; i++)
+            write_number(p->x, s->dtype, i, read_number(p->x, s->dtype, i) + read_number(y, s->dtype, i));
+        llama_norm_rows(p->x, weight, p->normed, begin, end, s->dim, s->eps, s->dtype, s->variant);
+        llama_done(team, 1);
+    }
 }
 
 /* What a thread does of a layer. Its norm is done already; at its end comes that of the next one, with the weight `next`. */
-static void run_layer(const Shape *s, const Layer *layer, const void *next, int64_t longest, const Parts *p, Team team) {
+static void run_layer(const Shape *s, const Layer *layer, const void *next, int64_t longest, const Parts *p, Team *team) {
     const int64_t heads = s->n_heads * s->head_dim, stride = s->slots * s->max_seq_len * s->head_dim;
     const Rope rope = {p->wide, p->freqs_cis, p->q, layer->keys, layer->values, p->places, stride, s->n_heads, s->n_kv_heads,
                        s->head_dim, s->dtype, s->stored};
@@ -101,25 +100,22 @@ static void run_layer(const Shape *s, const Layer *layer, const void *next, int6
                                  stride, s->n_heads, s->n_kv_heads, s->head_dim, s->dtype, s->stored, s->variant};
     multiply(s, s->format, p->normed, layer->wqkv, layer->wqkv_scales, p->wide, s->dim,
              heads + 2 * s->n_kv_heads * s->head_dim, p->product, team);
-    llama_meet(team);
-    llama_rope_rows(&rope, first_row(s, team), last_row(s, team), s->variant);
-    llama_meet(team);
-    llama_attend_share(&attention, p->attention, team);
-    llama_meet(team);
+    PIECES(share, team, 1) {
+        if (!llama_keep(team, share)) continue;
+        llama_rope_rows(&rope, first_row(s, team, share), first_row(s, team, share + 1), s->variant);
+        llama_done(team, 1);
+    }
+    llama_attend_together(&attention, p->attention, team);
     multiply(s, s->format, p->attended, layer->wo, layer->wo_scales, p->result, heads, s->dim, p->product, team);
-    llama_meet(team);
-    add(s, p->x, p->result, team);
-    norm(s, layer->ffn_norm, p, team);
-    llama_meet(team);
+    add_and_norm(s, p->result, layer->ffn_norm, p, team);
     multiply(s, s->format, p->normed, layer->w13, layer->w13_scales, p->wide, s->dim, 2 * s->hidden, p->product, team);
-    llama_meet(team);
-    llama_silu_and_mul_share(p->wide, p->normed, s->n, s->hidden, s->dtype, s->variant, team.thread, team.threads);
-    llama_meet(team);
+    PIECES(share, team, 1) {
+        if (!llama_keep(team, share)) continue;
+        llama_silu_and_mul_share(p->wide, p->normed, s->n, s->hidden, s->dtype, s->variant, (int)share, team->threads);
+        llama_done(team, 1);
+    }
     multiply(s, s->format, p->normed, layer->w2, layer->w2_scales, p->result, s->hidden, s->dim, p->product, team);
-    llama_meet(team);
-    add(s, p->x, p->result, team);
-    norm(s, next, p, team);
-    llama_meet(team);
+    add_and_norm(s, p->result, next, p, team);
 }
 
 /* tokens[i] at positions[i] of slot slots[i] → logits (n, vocab). Tokens of one slot, at positions one after the other,
@@ -138,18 +134,20 @@ void llama_step(
         p.places[i] = p.starts[i] + positions[i];
         p.lengths[i] = positions[i] + 1;
     }
-    Meeting meeting = {0};
+    Share shares[s->threads];
+    Work work = llama_work(shares, s->threads);
 #pragma omp parallel num_threads(s->threads) if (s->threads > 1)
     {
-        const Team team = llama_team(&meeting);
-        norm(s, n_layers ? layers[0].attention_norm : ends->norm, &p, team);
-        llama_meet(team);
+        Team team = llama_team(&work);
+        add_and_norm(s, 0, n_layers ? layers[0].attention_norm : ends->norm, &p, &team);
         for (int64_t i = 0; i < n_layers; i++)
-            run_layer(s, layers + i, i + 1 < n_layers ? layers[i + 1].attention_norm : ends->norm, longest, &p, team);
-        multiply(s, s->output_format, p.normed, ends->output, ends->output_scales, p.wide, s->dim, s->vocab, p.product, team);
-        llama_meet(team);
-        for (int64_t i = numbers * team.thread / team.threads; i < numbers * (team.thread + 1) / team.threads; i++)
-            logits[i] = read_number(p.wide, s->dtype, i);
-        llama_meet(team); /* and so OpenMP's own barrier, next, lasts no longer than the moment */
+            run_layer(s, layers + i, i + 1 < n_layers ? layers[i + 1].attention_norm : ends->norm, longest, &p, &team);
+        multiply(s, s->output_format, p.normed, ends->output, ends->output_scales, p.wide, s->dim, s->vocab, p.product, &team);
+        PIECES(share, &team, 1) {
+            if (!llama_keep(&team, share)) continue;
+            for (int64_t i = numbers * share / team.threads; i < numbers * (share + 1) / team.threads; i++)
+                logits[i] = read_number(p.wide, s->dtype, i);
+            llama_done(&team, 1);
+        }
     }
 }

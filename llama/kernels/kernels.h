@@ -43,33 +43,48 @@ enum { GROUP = 32, BLOCK_ROWS = 16 }; /* inputs that share a scale; rows of a bl
 
 /* ------------------------------------------------------------------------------------------------- threads */
 
-/* Where the threads of a team meet; see team.c. All zero before its first use. */
+/* What the other threads of a team see of one of them; see team.c. */
 typedef struct {
-    _Alignas(64) uint32_t turn; /* the number of meetings that are over */
-    int32_t asleep;
-    _Alignas(64) int32_t arrived;
-    _Alignas(64) int64_t claimed; /* pieces of work that were taken since the last meeting */
-} Meeting;
+    _Alignas(64) uint64_t taken; /* pieces of its share that somebody took; turn << 32 | number */
+    uint64_t held;               /* the piece that it computes, which others may take from it; turn << 32 | number + 1 */
+} Share;
 
-/* A thread, of those that share some work. */
+/* What a team works on, turn by turn. */
 typedef struct {
-    Meeting *meeting;
+    _Alignas(64) uint32_t turn;
+    int32_t asleep; /* threads that wait for the next turn */
+    _Alignas(64) int64_t done; /* pieces */
+    Share *shares;
+} Work;
+
+/* A thread of a team, and the turn in which it is. */
+typedef struct {
+    Work *work;
     int thread, threads;
+    uint32_t turn;
 } Team;
 
+/* The work of at most `threads` threads, before its first turn. */
+INLINE Work llama_work(Share *shares, int threads) {
+    memset(shares, 0, sizeof *shares * threads);
+    return (Work){.shares = shares};
+}
+
 /* This thread among those of the parallel region. */
-INLINE Team llama_team(Meeting *meeting) {
+INLINE Team llama_team(Work *work) {
 #if defined(_OPENMP)
-    return (Team){meeting, omp_get_thread_num(), omp_get_num_threads()};
+    return (Team){work, omp_get_thread_num(), omp_get_num_threads(), 0};
 #else
-    return (Team){meeting, 0, 1};
+    return (Team){work, 0, 1, 0};
 #endif
 }
 
-/* The next piece of work that nobody has taken since the last meeting. */
-INLINE int64_t llama_claim(Team team) { return __atomic_fetch_add(&team.meeting->claimed, 1, __ATOMIC_RELAXED); }
+int64_t llama_piece(Team *team, int64_t per);
+int llama_keep(Team *team, int64_t piece);
+void llama_done(Team *team, int64_t per);
 
-void llama_meet(Team team);
+/* For each piece that this thread gets, of a turn that has `per` in each thread's share. */
+#define PIECES(piece, team, per) for (int64_t piece; (piece = llama_piece(team, per)) >= 0;)
 
 /* ------------------------------------------------------------------------------------------------- numbers */
 
@@ -173,10 +188,10 @@ typedef struct {
     int dtype, format, variant;
 } Product;
 
-/* A thread's share of a product. All of y is there when the team meets again. */
-void llama_multiply(const Product *p, Team team);
-void llama_multiply_plain(const Product *p, Team team);
-void llama_multiply_tiles(const Product *p, Team team);
+/* What a thread does of a product, until all of y is there. */
+void llama_multiply(const Product *p, Team *team);
+void llama_multiply_plain(const Product *p, Team *team);
+void llama_multiply_tiles(const Product *p, Team *team);
 int64_t llama_plain_workspace(int64_t n, int64_t inputs, int dtype, int stored, int variant);
 
 /* A product of plain.c: x in the form that the variant reads, bfloat16 (`pairs`) or float32, its rows `stride` numbers apart;
@@ -228,7 +243,7 @@ typedef struct {
     int dtype, stored, variant; /* of q and out; of keys and values */
 } Attention;
 int64_t llama_attend_workspace(int64_t longest, int64_t head_dim, int threads);
-void llama_attend_share(const Attention *a, uint8_t *workspace, Team team);
+void llama_attend_together(const Attention *a, uint8_t *workspace, Team *team);
 
 /* A thread's share of both (n, 2F) → silu(first half) · second half (n, F). */
 void llama_silu_and_mul_share(const void *both, void *y, int64_t n, int64_t hidden, int dtype, int variant, int thread,

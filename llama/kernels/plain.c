@@ -13,7 +13,7 @@
 enum { ROWS = 8, STREAMS = 4 };                        /* the most rows of x, and of W, at a time */
 enum { FEW = 2, MOST_FEW = 16 };                       /* rows of x that are read as they lie; for which W is read at places */
 enum { TALL = 6, AVX2_STREAMS = 3, AVX2_TALL = 4 };    /* a tile's rows of x, and of W and x where there are 16 registers */
-enum { NEAR = 1 << 19 };                               /* bytes of W that stay in the cache for all rows of x */
+enum { NEAR = 1 << 19, PIECE = 1 << 18 };              /* bytes of W that stay in the cache for all rows of x; of a piece */
 enum { MOST_TIMES = 16, LINE = STREAMS * MOST_TIMES }; /* of a strip, and the most sums of it for a row of x */
 enum { AHEAD = 3072, AHEAD_NEAR = 8192 };              /* how far ahead W is fetched, in bytes: at several places, at one */
 
@@ -307,22 +307,19 @@ static void arm_strip(const Plain *p, const Strip *strip, int streams, int64_t r
 }
 #endif
 
-/* A strip against rows row … row + rows − 1 of x. */
-static void strip(const Plain *p, const Place *at, int64_t row, int rows, int variant) {
+/* The sums of a strip against rows row … row + rows − 1 of x. */
+static void strip_sums(const Plain *p, const Place *at, int64_t row, int rows, int variant, float *sums) {
     int64_t bytes = p->inputs * bytes_of(p->stored);
     int64_t ahead = at->apart == 1 ? AHEAD_NEAR : AHEAD;
     const Strip own = {p->w + at->first * bytes, at->apart * bytes, at->step * bytes, ahead, at->times};
-    float sums[ROWS * LINE];
 #if X86
     if (variant >= USES_AVX512) {
         if (p->pairs) avx512_bf16(p, &own, at->streams, row, rows, sums);
         else avx512(p, &own, at->streams, row, rows, sums);
-        write_avx512(p, at, row, rows, sums);
         return;
     }
     if (variant == USES_AVX2) {
         avx2(p, &own, at->streams, row, rows, sums);
-        write_avx2(p, at, row, rows, sums);
         return;
     }
 #endif
@@ -331,40 +328,48 @@ static void strip(const Plain *p, const Place *at, int64_t row, int rows, int va
     else
 #endif
         portable_rows(p, &own, at->streams, row, rows, sums);
-    write_portable(p, at, row, rows, sums);
+}
+
+static void write_strip(const Plain *p, const Place *at, int64_t row, int rows, int variant, const float *sums) {
+#if X86
+    if (variant >= USES_AVX512) write_avx512(p, at, row, rows, sums);
+    else if (variant == USES_AVX2) write_avx2(p, at, row, rows, sums);
+    else
+#endif
+        write_portable(p, at, row, rows, sums);
 }
 
 INLINE int at_most(int64_t number, int most) { return number < most ? (int)number : most; }
 
-/* Rows begin … end of W against few rows of x: W is read from memory, at several places. */
-static void few_rows(const Plain *p, int64_t begin, int64_t end, int64_t n, int variant) {
-    int narrow = variant == USES_AVX2, most = narrow ? AVX2_TALL : ROWS;
-    int streams = n <= FEW || (n <= ROWS / 2 && !narrow && !ARM) ? STREAMS : ARM ? 2 : 3; /* so that sums are in registers */
-    int64_t apart = (end - begin) / streams, left = begin + apart * streams;
-    for (int64_t first = begin; first < begin + apart; first += MOST_TIMES)
-        for (int64_t row = 0; row < n; row += most) {
-            const Place at = {first, apart, 1, at_most(begin + apart - first, MOST_TIMES), streams};
-            strip(p, &at, row, at_most(n - row, most), variant);
-        }
-    const Place last = {left, 0, 1, (int)(end - left), 1};
-    for (int64_t row = 0; row < n && left < end; row += most) strip(p, &last, row, at_most(n - row, most), variant);
+/* Rows of W side by side that many rows of x meet at a time, and a number of them that stays near. */
+static int near_streams(int64_t n, int variant) { return n == 1 ? 1 : variant == USES_AVX2 ? AVX2_STREAMS : ARM ? 2 : STREAMS; }
+
+static int64_t near_rows(const Plain *p, int64_t n, int variant) {
+    int streams = near_streams(n, variant);
+    return NEAR / (p->inputs * bytes_of(p->stored)) / streams * streams + streams;
 }
 
-/* The same against many rows of x: what of W is near meets all of x, TALL rows at a time, which stay nearer. */
+/* Rows begin … end of W against many rows of x: what of W is near meets all of x, TALL rows at a time, which stay nearer. */
 void llama_multiply_near(const Plain *p, int64_t begin, int64_t end, int64_t n, int variant) {
-    int streams = n == 1 ? 1 : variant == USES_AVX2 ? AVX2_STREAMS : ARM ? 2 : STREAMS;
+    const int streams = near_streams(n, variant);
+    const int64_t most = near_rows(p, n, variant);
     int tall = variant == USES_AVX2 ? AVX2_TALL : TALL;
-    int64_t most = NEAR / (p->inputs * bytes_of(p->stored)) / streams * streams + streams;
+    float sums[ROWS * LINE];
     for (int64_t first = begin; first < end; first += most) {
         int64_t stop = end - first < most ? end : first + most;
         for (int64_t row = 0; row < n; row += tall) {
+            int rows = at_most(n - row, tall);
             Place at = {first, 1, streams, 0, streams};
             for (; at.first + streams <= stop; at.first += at.times * streams) {
                 at.times = at_most((stop - at.first) / streams, MOST_TIMES);
-                strip(p, &at, row, at_most(n - row, tall), variant);
+                strip_sums(p, &at, row, rows, variant, sums);
+                write_strip(p, &at, row, rows, variant, sums);
             }
             const Place last = {at.first, 0, 1, (int)(stop - at.first), 1};
-            if (last.times) strip(p, &last, row, at_most(n - row, tall), variant);
+            if (last.times) {
+                strip_sums(p, &last, row, rows, variant, sums);
+                write_strip(p, &last, row, rows, variant, sums);
+            }
         }
     }
 }
@@ -383,14 +388,51 @@ int64_t llama_plain_workspace(int64_t n, int64_t inputs, int dtype, int stored, 
     return as_is && n <= FEW ? 0 : 64 + n * copied_stride(inputs, size) * size;
 }
 
-/* Rows begin … end of W against n rows of x. */
-static void some_rows(const Plain *p, int64_t begin, int64_t end, int64_t n, int variant) {
-    if (n <= MOST_FEW) few_rows(p, begin, end, n, variant);
-    else llama_multiply_near(p, begin, end, n, variant);
+/* How a thread's share of a part of W is read for few rows of x, as from memory: at several places, whose rows are `apart` from
+   each other, and in pieces of so many times, each of which goes on where the one before it ended. */
+typedef struct {
+    int streams, times;
+} Reading;
+
+static Reading reading_of(const Plain *p, int64_t n, int variant) {
+    int streams = n <= FEW || (n <= ROWS / 2 && variant != USES_AVX2 && !ARM) ? STREAMS : ARM ? 2 : 3; /* as registers allow */
+    return (Reading){streams, at_most(PIECE / (streams * p->inputs * bytes_of(p->stored)) + 1, MOST_TIMES)};
 }
 
-/* A thread's share of a product with W in parts, each stored in the one way that `format` says. */
-void llama_multiply_plain(const Product *product, Team team) {
+/* Rows of W in a piece: few rows of x meet as much as is read in one go, many what stays near. */
+static int64_t piece_rows(const Plain *p, int64_t n, int variant) {
+    if (n > MOST_FEW) return near_rows(p, n, variant);
+    const Reading reading = reading_of(p, n, variant);
+    return reading.streams * reading.times;
+}
+
+/* Pieces of each thread's share of so many rows of W, at least one. */
+static int64_t pieces_of(int64_t rows, int64_t in_a_piece, int threads) {
+    int64_t share = (rows + threads - 1) / threads;
+    return share < in_a_piece ? 1 : (share + in_a_piece - 1) / in_a_piece;
+}
+
+/* The sums of a piece of a share, rows begin … end of W, are computed, and written if this thread holds the piece even then. */
+static void few_rows(const Plain *p, int64_t begin, int64_t end, int64_t index, int is_last, int64_t n, int variant,
+                     Team *team, int64_t piece, int64_t per) {
+    const Reading reading = reading_of(p, n, variant);
+    const int most = variant == USES_AVX2 ? AVX2_TALL : ROWS;
+    const int64_t apart = (end - begin) / reading.streams, from = index * reading.times, left = begin + apart * reading.streams;
+    const Place places[2] = {{begin + from, apart, 1, from < apart ? at_most(apart - from, reading.times) : 0, reading.streams},
+                             {left, 0, 1, is_last ? (int)(end - left) : 0, 1}};
+    float sums[2][MOST_FEW * LINE];
+    for (int i = 0; i < 2; i++)
+        for (int64_t row = 0; row < n && places[i].times; row += most)
+            strip_sums(p, places + i, row, at_most(n - row, most), variant, sums[i] + row * LINE);
+    if (!llama_keep(team, piece)) return;
+    for (int i = 0; i < 2; i++)
+        for (int64_t row = 0; row < n && places[i].times; row += most)
+            write_strip(p, places + i, row, at_most(n - row, most), variant, sums[i] + row * LINE);
+    llama_done(team, per);
+}
+
+/* What a thread does of a product with W in parts, each stored in the one way that `format` says. */
+void llama_multiply_plain(const Product *product, Team *team) {
     const int64_t n = product->n, inputs = product->inputs;
     const int dtype = product->dtype, stored = product->format - AS_STORED, variant = product->variant;
     const int as_is = as_it_is(dtype, stored, variant), copied = !as_is || n > FEW;
@@ -398,14 +440,29 @@ void llama_multiply_plain(const Product *product, Team team) {
     uint8_t *copy = (uint8_t *)(((uintptr_t)product->workspace + 63) & ~(uintptr_t)63);
     Plain p = {copied ? copy : product->x, 0, 0, inputs, product->outputs, stride, dtype, stored, as_is && dtype == BFLOAT16};
     if (copied) {
-        for (int64_t row = team.thread; row < n; row += team.threads) copy_row(product->x, copy, row, &p, as_is);
-        llama_meet(team);
+        PIECES(share, team, 1) {
+            if (!llama_keep(team, share)) continue;
+            for (int64_t row = n * share / team->threads; row < n * (share + 1) / team->threads; row++)
+                copy_row(product->x, copy, row, &p, as_is);
+            llama_done(team, 1);
+        }
     }
-    int64_t done = 0;
-    for (const Part *part = product->w; done < product->outputs; done += part++->rows) {
-        int64_t begin = part->rows * team.thread / team.threads, end = part->rows * (team.thread + 1) / team.threads;
+    const int64_t in_a_piece = piece_rows(&p, n, variant);
+    int64_t per = 0, done = 0;
+    for (const Part *part = product->w; done < product->outputs; done += part++->rows)
+        per += pieces_of(part->rows, in_a_piece, team->threads);
+    PIECES(piece, team, per) {
+        const Part *part = product->w;
+        int64_t share = piece / per, index = piece % per, pieces, before = 0;
+        for (; index >= (pieces = pieces_of(part->rows, in_a_piece, team->threads)); before += part++->rows) index -= pieces;
+        int64_t begin = part->rows * share / team->threads, end = part->rows * (share + 1) / team->threads;
         p.w = part->w;
-        p.y = (uint8_t *)product->y + done * bytes_of(dtype);
-        if (begin < end) some_rows(&p, begin, end, n, variant);
+        p.y = (uint8_t *)product->y + before * bytes_of(dtype);
+        if (n <= MOST_FEW) few_rows(&p, begin, end, index, index == pieces - 1, n, variant, team, piece, per);
+        else if (llama_keep(team, piece)) {
+            int64_t first = begin + index * in_a_piece;
+            if (first < end) llama_multiply_near(&p, first, first + in_a_piece < end ? first + in_a_piece : end, n, variant);
+            llama_done(team, per);
+        }
     }
 }

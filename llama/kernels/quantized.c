@@ -25,6 +25,7 @@
 enum { ROWS = 8, BLOCKS = 4 };                 /* rows of x, and blocks of W for few of them, at a time */
 enum { AHEAD = 2048, AHEAD_INT8 = 4 * AHEAD }; /* how far ahead W is fetched, in bytes: the fastest by measurement */
 enum { FEW = 16, FEW_PLAIN = 2 };              /* rows of x up to which vectors are faster than tiles */
+enum { PIECE = 1 << 18, MOST_BLOCKS = 16 };    /* bytes of a piece, as a rule, and its most blocks */
 
 /* ------------------------------------------------------------------------------------- the activations, as int8 */
 
@@ -288,41 +289,54 @@ static void prepare(const void *x, int dtype, int64_t row, const Rows *to, int v
     else prepare_row(x, FLOAT32, row, to, offset);
 }
 
-/* Some blocks of W against all of x; what of a block is read once stays in the cache for the next rows of x. */
-static void some_blocks(
-    const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t n, int64_t begin, int64_t end, int64_t outputs,
-    int variant, int format, void *y, int dtype
+/* The results of some blocks of W against some rows of x. */
+static void block_results(
+    const uint8_t *w, const uint16_t *scales, const Rows *x, int64_t row, int blocks, int rows, int variant, int format,
+    float *results
 ) {
-    int most = variant == USES_AVX512 && n <= FEW_PLAIN ? BLOCKS : 1; /* where they wait for memory, not for vectors */
-    for (int64_t block = begin; block < end;) {
-        const uint8_t *own = w + block * x->groups * group_bytes(format);
-        const uint16_t *own_scales = scales + block * x->groups * BLOCK_ROWS;
-        int blocks = end - block < most ? 1 : most;
-        for (int64_t row = 0; row < n; row += ROWS) {
-            int rows = n - row < ROWS ? (int)(n - row) : ROWS;
-            float results[BLOCKS * ROWS * BLOCK_ROWS];
 #if X86
-            if (format == PLAIN) plain_blocks(own, x->plain + row * x->inputs, x->inputs, blocks, rows, results);
-            else if (variant == USES_AVX512) avx512_blocks(own, own_scales, x, row, blocks, rows, format, results);
-            else if (variant == USES_AVX2) avx2_block(own, own_scales, x, row, rows, format, results);
-            else
+    if (format == PLAIN) plain_blocks(w, x->plain + row * x->inputs, x->inputs, blocks, rows, results);
+    else if (variant == USES_AVX512) avx512_blocks(w, scales, x, row, blocks, rows, format, results);
+    else if (variant == USES_AVX2) avx2_block(w, scales, x, row, rows, format, results);
+    else
 #elif ARM
-            if (variant >= USES_NEON) llama_arm_block(own, own_scales, x, row, rows, format, variant, results);
-            else
+    if (variant >= USES_NEON) llama_arm_block(w, scales, x, row, rows, format, variant, results);
+    else
 #endif
-                for (int i = 0; i < rows; i++)
-                    portable_block(own, own_scales, x, row + i, format, results + i * BLOCK_ROWS);
-            for (int b = 0; b < blocks; b++)
-                for (int i = 0; i < rows; i++) {
-                    int64_t first = (block + b) * BLOCK_ROWS;
-                    int64_t outs = outputs - first < BLOCK_ROWS ? outputs - first : BLOCK_ROWS;
-                    for (int64_t out = 0; out < outs; out++)
-                        write_number(y, dtype, (row + i) * outputs + first + out,
-                                     results[(b * ROWS + i) * BLOCK_ROWS + out]);
-                }
+        for (int i = 0; i < rows; i++) portable_block(w, scales, x, row + i, format, results + i * BLOCK_ROWS);
+}
+
+/* Results of a block → their places in y. */
+static void write_block(const Product *p, int64_t block, int64_t row, int rows, const float *results) {
+    int64_t first = block * BLOCK_ROWS, outs = p->outputs - first < BLOCK_ROWS ? p->outputs - first : BLOCK_ROWS;
+    for (int i = 0; i < rows; i++)
+        for (int64_t out = 0; out < outs; out++)
+            write_number(p->y, p->dtype, (row + i) * p->outputs + first + out, results[i * BLOCK_ROWS + out]);
+}
+
+/* A piece, blocks begin … end of W, against all of x. Results of few rows are computed, and written if this thread holds the
+   piece even then. Many rows are too many for that; what of a block is read once stays in the cache for the next of them. */
+static void some_blocks(const Product *p, const Rows *x, int64_t begin, int64_t end, int variant, Team *team, int64_t piece,
+                        int64_t per) {
+    const int most = variant == USES_AVX512 && p->n <= FEW_PLAIN ? BLOCKS : 1; /* where they wait for memory, not for vectors */
+    const int few = p->n <= ROWS;
+    float results[MOST_BLOCKS * ROWS * BLOCK_ROWS];
+    if (!few && !llama_keep(team, piece)) return;
+    for (int64_t block = begin; block < end;) {
+        const uint8_t *w = (const uint8_t *)p->w + block * x->groups * group_bytes(p->format);
+        const int blocks = end - block < most ? 1 : most;
+        float *own = results + (few ? block - begin : 0) * ROWS * BLOCK_ROWS;
+        for (int64_t row = 0; row < p->n; row += ROWS) {
+            int rows = p->n - row < ROWS ? (int)(p->n - row) : ROWS;
+            block_results(w, p->scales + block * x->groups * BLOCK_ROWS, x, row, blocks, rows, variant, p->format, own);
+            if (!few) write_block(p, block, row, rows, own);
         }
         block += blocks;
     }
+    if (few && !llama_keep(team, piece)) return;
+    for (int64_t block = begin; few && block < end; block++)
+        write_block(p, block, 0, (int)p->n, results + (block - begin) * ROWS * BLOCK_ROWS);
+    llama_done(team, per);
 }
 
 /* Whether a product goes to tiles.c. */
@@ -344,8 +358,8 @@ int64_t llama_workspace(int64_t n, int64_t inputs, int dtype, int format, int va
     return n * (inputs + inputs / GROUP * (int64_t)(sizeof(float) + sizeof(int32_t))) + 64;
 }
 
-/* A thread's share of a product. Packed bfloat16 weights are for USES_AMX only, with x of bfloat16. */
-void llama_multiply(const Product *p, Team team) {
+/* What a thread does of a product. Packed bfloat16 weights are for USES_AMX only, with x of bfloat16. */
+void llama_multiply(const Product *p, Team *team) {
     if (p->format >= AS_STORED) {
         llama_multiply_plain(p, team);
         return;
@@ -360,11 +374,21 @@ void llama_multiply(const Product *p, Team team) {
     const Rows rows = {inputs, groups, p->x, (int8_t *)at, (float *)(at + n * inputs),
                        (int32_t *)(at + n * (inputs + groups * 4)), variant == USES_BF16 ? n / 2 * 2 : 0};
     if (p->format != PLAIN) {
-        for (int64_t row = team.thread; row < n; row += team.threads) prepare(p->x, p->dtype, row, &rows, variant, p->format);
-        llama_meet(team);
+        PIECES(share, team, 1) {
+            if (!llama_keep(team, share)) continue;
+            for (int64_t row = n * share / team->threads; row < n * (share + 1) / team->threads; row++)
+                prepare(p->x, p->dtype, row, &rows, variant, p->format);
+            llama_done(team, 1);
+        }
     }
-    int64_t begin = blocks * team.thread / team.threads, end = blocks * (team.thread + 1) / team.threads;
-    if (begin < end) some_blocks(p->w, p->scales, &rows, n, begin, end, p->outputs, variant, p->format, p->y, p->dtype);
+    const int64_t size = PIECE / (groups * group_bytes(p->format)) / BLOCKS * BLOCKS + BLOCKS;
+    const int64_t in_a_piece = size < MOST_BLOCKS ? size : MOST_BLOCKS, share = (blocks + team->threads - 1) / team->threads;
+    const int64_t per = (share + in_a_piece - 1) / in_a_piece;
+    PIECES(piece, team, per) {
+        int64_t begin = blocks * (piece / per) / team->threads + piece % per * in_a_piece;
+        int64_t end = blocks * (piece / per + 1) / team->threads;
+        some_blocks(p, &rows, begin, begin + in_a_piece < end ? begin + in_a_piece : end, variant, team, piece, per);
+    }
 }
 
 /* The whole of a product, by `threads` threads. */
@@ -373,7 +397,11 @@ void llama_product(
     int64_t outputs, int dtype, int format, int variant, int threads
 ) {
     const Product product = {x, w, scales, y, workspace, n, inputs, outputs, dtype, format, variant};
-    Meeting meeting = {0};
+    Share shares[threads];
+    Work work = llama_work(shares, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    llama_multiply(&product, llama_team(&meeting));
+    {
+        Team team = llama_team(&work);
+        llama_multiply(&product, &team);
+    }
 }

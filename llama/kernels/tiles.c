@@ -213,22 +213,29 @@ int64_t llama_tiles_workspace(int64_t n, int64_t inputs, int threads) {
     return 64 + (n + 15) / 16 * 16 * inputs * 2 + threads * scratch_bytes();
 }
 
-/* A thread's share of a product, x and y bfloat16. Only where the variant is USES_AMX. */
-void llama_multiply_tiles(const Product *p, Team team) {
+/* What a thread does of a product, x and y bfloat16. Only where the variant is USES_AMX. */
+void llama_multiply_tiles(const Product *p, Team *team) {
 #if X86
     const int64_t n = p->n, inputs = p->inputs, tall = (n + 15) / 16, blocks = (p->outputs + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const int64_t share = ((blocks + team.threads - 1) / team.threads + 1) / 2 * 2, begin = team.thread * share;
-    const int64_t end = begin + share < blocks ? begin + share : blocks;
+    const int64_t each = ((blocks + team->threads - 1) / team->threads + 1) / 2 * 2;
     const Weights weights = {p->w, p->scales, inputs, p->outputs, p->format};
     const uint16_t *x = p->x;
     uint16_t *tiles = (uint16_t *)(((uintptr_t)p->workspace + 63) & ~(uintptr_t)63), *y = p->y;
-    uint8_t *scratch = (uint8_t *)(tiles + tall * 16 * inputs) + team.thread * scratch_bytes();
-    for (int64_t high = tall * team.thread / team.threads; high < tall * (team.thread + 1) / team.threads; high++)
-        lay_out_rows(x + high * 16 * inputs, n - high * 16, inputs, tiles + high * 16 * inputs);
-    llama_meet(team);
-    for (int64_t row = 0; begin < end && row < n; row += MOST_ROWS)
-        some_blocks(tiles + row * inputs, &weights, y + row * p->outputs, n - row < MOST_ROWS ? n - row : MOST_ROWS, begin, end,
-                    scratch);
+    uint8_t *scratch = (uint8_t *)(tiles + tall * 16 * inputs) + team->thread * scratch_bytes();
+    PIECES(share, team, 1) {
+        if (!llama_keep(team, share)) continue;
+        for (int64_t high = tall * share / team->threads; high < tall * (share + 1) / team->threads; high++)
+            lay_out_rows(x + high * 16 * inputs, n - high * 16, inputs, tiles + high * 16 * inputs);
+        llama_done(team, 1);
+    }
+    PIECES(share, team, 1) {
+        if (!llama_keep(team, share)) continue;
+        int64_t begin = share * each, end = begin + each < blocks ? begin + each : blocks;
+        for (int64_t row = 0; begin < end && row < n; row += MOST_ROWS)
+            some_blocks(tiles + row * inputs, &weights, y + row * p->outputs, n - row < MOST_ROWS ? n - row : MOST_ROWS, begin,
+                        end, scratch);
+        llama_done(team, 1);
+    }
 #else
     (void)p, (void)team;
 #endif

@@ -5,6 +5,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "decode_step.c" /* for its structures; the other files are linked */
 
@@ -543,10 +544,45 @@ static void check_steps(int variant) {
     }
 }
 
+/* ------------------------------------------------------------------------------------------------- a team */
+
+enum { TURNS = 400, PER = 4 };
+
+/* Each piece of each turn is kept once, by one thread, and all are before the next turn, though threads stop now and then
+   while they hold a piece, as if another program had their processor. */
+static void check_team(void) {
+    static int kept[TURNS][PER * SEVERAL];
+    int64_t early = 0, lost = 0, takers = 0;
+    Share shares[SEVERAL];
+    Work work = llama_work(shares, SEVERAL);
+#pragma omp parallel num_threads(SEVERAL) reduction(+ : early, lost)
+    {
+        Team team = llama_team(&work);
+        const struct timespec long_time = {.tv_nsec = 2000000};
+        for (int turn = 0; turn < TURNS; turn++) {
+            PIECES(piece, &team, PER) {
+                if ((turn + piece) % 97 == team.thread) nanosleep(&long_time, 0);
+                if (!llama_keep(&team, piece)) {
+                    lost++;
+                    continue;
+                }
+                __atomic_add_fetch(&kept[turn][piece], 1, __ATOMIC_RELAXED);
+                llama_done(&team, PER);
+            }
+            for (int piece = 0; piece < PER * team.threads; piece++) early += kept[turn][piece] != 1;
+        }
+#pragma omp single
+        takers = team.threads;
+    }
+    CHECK(!early, "a team: %d times a piece was not done once before the next turn", (int)early);
+    CHECK(lost || takers == 1, "a team: no piece of %d was taken from a thread that stopped", TURNS * PER * SEVERAL);
+}
+
 /* ------------------------------------------------------------------------------------------------- all of them */
 
 int main(void) {
     int best = llama_variant();
+    check_team();
     for (int variant = PORTABLE; variant <= best; variant++) {
         state = 1;
         check_products(variant);
