@@ -23,6 +23,13 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")  # a busy one is not a failure
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "llama" / "demo"
+# Those that take longest, by what they took: begun first, they leave no process of several alone with one at the end.
+LONG = [
+    "batch/test_run.py", "kernels/test_c_program.py", "batch/test_replicas.py", "test_parallel.py",
+    "cli/chat/test_session.py", "cli/test_commands.py", "server/test_life.py", "test_peers.py", "kernels/test_gpu.py",
+    "model/test_compiled.py", "test_demo.py", "test_docs.py", "test_examples.py", "test_examples_folder.py",
+    "kernels/test_gpu_step.py", "server/test_defences.py", "integrations/test_lm_eval.py", "test_benchmarks.py",
+]  # fmt: skip
 for name in ("LLAMA_CKPT_DIR", "LLAMA_TOKENIZER_PATH"):  # or a command that names no checkpoint would not mean the demo
     os.environ.pop(name, None)
 if not torch.cuda.is_available():
@@ -37,7 +44,9 @@ from llama.tokenizer import Tokenizer  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none."""
+    """Begin with the longest files; skip what needs a CUDA device where there is none."""
+    turns = {ROOT / "tests" / name: turn for turn, name in enumerate(LONG)}
+    items.sort(key=lambda item: turns.get(item.path, len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
