@@ -28,7 +28,7 @@ def test_steps_of_one_token_agree_with_the_reference(
     if DEVICE.type == "cpu":
         request.getfixturevalue("gpu_path")
     step = importlib.import_module("llama.kernels.gpu_step")
-    monkeypatch.setattr(step, "SHAPES", {bits: (8, 64, 4) for bits in (16, 8, 4)})
+    monkeypatch.setattr(step, "SHAPES", dict.fromkeys((16, 8, 4), (8, 64, 4)))
     dtype, most = (torch.float32, 1e-3) if DEVICE.type == "cpu" else (torch.bfloat16, 0.05)
     params = {"dim": 96, "n_layers": 1, "n_heads": 4, "n_kv_heads": 4 // shared, "multiple_of": 32, "norm_eps": 1e-5}
     params |= {"ffn_dim_multiplier": 0.6}
