@@ -1,6 +1,5 @@
 """The commands on the demo checkpoint, as people type them: in a process of their own where that matters, else here."""
 
-import io
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO, ROOT
+from conftest import DEMO, ROOT, Ended
 
 from llama import Llama, LlamaError
 from llama.checkpoint.find import find_checkpoint
@@ -28,7 +27,6 @@ TOO_LONG = "word " * 600
 LOADED = re.compile(
     r"llama: no --ckpt_dir: running the bundled demo checkpoint\nllama: .+, float32 on cpu, .*, loaded in .* s\n"
 )
-Ended = tuple[int, str, str]
 
 
 def start(command: list[str], **options: Any) -> subprocess.Popen:
@@ -42,23 +40,6 @@ def ended(command: list[str], data: bytes = b"", **options: Any) -> Ended:
     process = start(command, **pipes, **options)
     out, err = process.communicate(data, timeout=120)
     return process.returncode, out.decode(), err.decode()
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """here(*words, data=b"…"): (exit code, stdout, stderr) of the command, run in this process."""
-
-    def here(*words: str, data: bytes = b"") -> Ended:
-        monkeypatch.setattr(sys, "argv", ["llama", *words])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        code = 0
-        try:
-            commands.main()
-        except SystemExit as error:
-            code = error.code
-        return code, *capfd.readouterr()
-
-    return here
 
 
 def records(out: str) -> list[dict[str, Any]]:
