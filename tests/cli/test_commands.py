@@ -366,8 +366,9 @@ def test_batch_runs_a_file(here: Callable[..., Ended], tmp_path: Path) -> None:
 
 
 def test_chat_needs_a_terminal(here: Callable[..., Ended]) -> None:
+    said = "standard input is not a terminal, and a talk needs one: run llama chat in a terminal"
     code, out, err = here("chat")
-    assert (code, out) == (2, "") and err.startswith("llama: standard input is not a terminal")
+    assert (code, out) == (2, "") and err.startswith(f"llama: {said}")
 
 
 def test_chat_says_that_windows_has_no_such_terminal(
