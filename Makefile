@@ -6,8 +6,9 @@ QUICK = tests/test_layout.py tests/test_request.py tests/test_chat.py tests/test
 	tests/test_docs.py tests/model/test_transformer.py tests/model/test_attention.py tests/model/test_kv_cache.py \
 	tests/engine/test_scheduler.py tests/engine/test_engine.py tests/test_build.py tests/checkpoint/test_resharding.py \
 	tests/quantization/test_quantize.py tests/kernels/test_ops.py tests/cli/test_arguments.py
-# Two processes, each with files of its own: on two cores that takes two thirds of the time.
-WORKERS = -n 2 --dist loadfile
+# Two processes, each with files of its own, in the order of tests/conftest.py: on two cores that takes two thirds of the
+# time.
+WORKERS = -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test quick lint check-install clean
 

@@ -1,5 +1,6 @@
 """What many tests share: the demo checkpoint's paths, a random checkpoint, and builders of `Llama`."""
 
+import io
 import json
 import os
 import shutil
@@ -23,6 +24,14 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")  # a busy one is not a failure
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "llama" / "demo"
+Ended = tuple[int, str, str]  # exit code, stdout, stderr
+# Those that take longest, by what they took: begun first, they leave no process of several alone with one at the end.
+LONG = [
+    "batch/test_run.py", "kernels/test_c_program.py", "batch/test_replicas.py", "test_parallel.py",
+    "cli/chat/test_session.py", "cli/test_commands.py", "server/test_life.py", "test_peers.py", "kernels/test_gpu.py",
+    "model/test_compiled.py", "test_demo.py", "test_docs.py", "test_examples.py", "test_examples_folder.py",
+    "kernels/test_gpu_step.py", "server/test_defences.py", "integrations/test_lm_eval.py", "test_benchmarks.py",
+]  # fmt: skip
 for name in ("LLAMA_CKPT_DIR", "LLAMA_TOKENIZER_PATH"):  # or a command that names no checkpoint would not mean the demo
     os.environ.pop(name, None)
 if not torch.cuda.is_available():
@@ -33,11 +42,14 @@ from checkpoints import SMALL, random_weights, save  # noqa: E402
 from near_ties import refuse_near_ties  # noqa: E402
 
 from llama import Llama  # noqa: E402
+from llama.cli import commands  # noqa: E402
 from llama.tokenizer import Tokenizer  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none."""
+    """Begin with the longest files; skip what needs a CUDA device where there is none."""
+    turns = {ROOT / "tests" / name: turn for turn, name in enumerate(LONG)}
+    items.sort(key=lambda item: turns.get(item.path, len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
@@ -94,3 +106,20 @@ def demo_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     shutil.copy(DEMO / "tokenizer.model", folder)
     return save(folder, params, {name: tensor.float() for name, tensor in weights.items()})
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """here(*words, data=b"…"): (exit code, stdout, stderr) of the command, run in this process."""
+
+    def here(*words: str, data: bytes = b"") -> Ended:
+        monkeypatch.setattr(sys, "argv", ["llama", *words])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        code = 0
+        try:
+            commands.main()
+        except SystemExit as error:
+            code = error.code
+        return code, *capfd.readouterr()
+
+    return here

@@ -5,28 +5,43 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from batch_files import environment, lines, records, sorted_lines
-from conftest import ROOT
+from conftest import ROOT, Ended
 
 from llama.batch.replicas import SILENT
+from llama.cli.commands import main
 
 FLAGS = ["--max_seq_len", "256", "--max_batch_size", "2", "--max_gen_len", "30", "--device", "cpu"]
 
 
-def command(processes: int, file: Path, output: Path, *more: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
-    return [sys.executable, *launcher, "-m", "llama", "batch", str(file), "--output", str(output), *FLAGS, *more]
+def words(file: Path, output: Path, *more: str) -> list[str]:
+    return ["batch", str(file), "--output", str(output), *FLAGS, *more]
 
 
-def call(processes: int, file: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def command(processes: int, *arguments: Path | str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *launcher, "-m", "llama", *words(*arguments)]
+
+
+def call(processes: int, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(processes, file, output, *more),
-        capture_output=True, encoding="utf-8", timeout=300, cwd=ROOT, env=environment(),
-    )  # fmt: skip
+        command(processes, *arguments), capture_output=True, encoding="utf-8", timeout=300, cwd=ROOT, env=environment()
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """This process computes with as many as those that it is compared with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +54,11 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(prompts: Path) -> list[bytes]:
-    """What one process writes."""
+    """What one process writes: this one."""
     output = prompts.parent / "alone"
-    done = call(1, prompts, output)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["llama", *words(prompts, output, "--quiet")])
+        main()
     return sorted_lines(output)
 
 
@@ -60,7 +76,7 @@ def test_two_replicas_write_what_one_process_does(prompts: Path, alone: list[byt
 def test_two_replicas_of_two_processes_each(prompts: Path, tmp_path: Path) -> None:
     """World size = replicas × model-parallel size; the same bytes as one model split over two processes."""
     few = tmp_path / "few.jsonl"
-    few.write_text("".join(prompts.read_text().splitlines(keepends=True)[:40]))
+    few.write_text("".join(prompts.read_text().splitlines(keepends=True)[:20]))  # a block for each replica
     one = call(2, few, tmp_path / "one")
     two = call(4, few, tmp_path / "two", "--model_parallel_size", "2")
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
@@ -70,13 +86,13 @@ def test_two_replicas_of_two_processes_each(prompts: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_rank_that_dies_fails_the_run_and_a_rerun_resumes(
-    prompts: Path, alone: list[bytes], tmp_path: Path, dies: int
+    here: Callable[..., Ended], prompts: Path, alone: list[bytes], tmp_path: Path, dies: int
 ) -> None:
     """With any number of replicas: also one alone finishes what two began."""
     output = tmp_path / "out"
     log = open(tmp_path / "log", "w+")  # noqa: SIM115
-    words = command(2, prompts, output, "--model_parallel_size", "1")
-    run = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+    two = command(2, prompts, output, "--model_parallel_size", "1")
+    run = subprocess.Popen(two, cwd=ROOT, env=environment(), stdout=log, stderr=log)
     part = output.with_name("out.part1")
     while run.poll() is None and not (part.exists() and part.stat().st_size and output.stat().st_size):
         time.sleep(0.02)
@@ -85,9 +101,9 @@ def test_a_rank_that_dies_fails_the_run_and_a_rerun_resumes(
     assert run.wait(120) != 0
     begun = len(records(output)) + len(part.read_bytes().splitlines())
     assert 0 < begun < len(alone)
-    again = call(1, prompts, output)
-    assert again.returncode == 0, again.stderr
-    assert "requests already" in again.stderr and not part.exists()
+    code, _, said = here(*words(prompts, output))
+    assert code == 0, said
+    assert "requests already" in said and not part.exists()
     assert sorted_lines(output) == alone
 
 

@@ -30,7 +30,7 @@ def test_sound_files_run(witness: Witness, name: str) -> None:
     assert refused == ({"quantize"} if name.endswith(("int8", "4")) else set()), answer
 
 
-@settings(max_examples=200, derandomize=True, database=None)
+@settings(max_examples=120, derandomize=True, database=None)
 @given(st.integers(0, 2**31))
 def test_damaged_files_run_or_are_refused_in_one_line(witness: Witness, seed: int) -> None:
     what, answer = witness.ask(seed)

@@ -1,6 +1,5 @@
 """The commands on the demo checkpoint, as people type them: in a process of their own where that matters, else here."""
 
-import io
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO, ROOT
+from conftest import DEMO, ROOT, Ended
 
 from llama import Llama, LlamaError
 from llama.checkpoint.find import find_checkpoint
@@ -28,7 +27,6 @@ TOO_LONG = "word " * 600
 LOADED = re.compile(
     r"llama: no --ckpt_dir: running the bundled demo checkpoint\nllama: .+, float32 on cpu, .*, loaded in .* s\n"
 )
-Ended = tuple[int, str, str]
 
 
 def start(command: list[str], **options: Any) -> subprocess.Popen:
@@ -42,23 +40,6 @@ def ended(command: list[str], data: bytes = b"", **options: Any) -> Ended:
     process = start(command, **pipes, **options)
     out, err = process.communicate(data, timeout=120)
     return process.returncode, out.decode(), err.decode()
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """here(*words, data=b"…"): (exit code, stdout, stderr) of the command, run in this process."""
-
-    def here(*words: str, data: bytes = b"") -> Ended:
-        monkeypatch.setattr(sys, "argv", ["llama", *words])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        code = 0
-        try:
-            commands.main()
-        except SystemExit as error:
-            code = error.code
-        return code, *capfd.readouterr()
-
-    return here
 
 
 def records(out: str) -> list[dict[str, Any]]:
@@ -385,8 +366,9 @@ def test_batch_runs_a_file(here: Callable[..., Ended], tmp_path: Path) -> None:
 
 
 def test_chat_needs_a_terminal(here: Callable[..., Ended]) -> None:
+    said = "standard input is not a terminal, and a talk needs one: run llama chat in a terminal"
     code, out, err = here("chat")
-    assert (code, out) == (2, "") and err.startswith("llama: standard input is not a terminal")
+    assert (code, out) == (2, "") and err.startswith(f"llama: {said}")
 
 
 def test_chat_says_that_windows_has_no_such_terminal(

@@ -28,9 +28,10 @@ def test_steps_of_one_token_agree_with_the_reference(
     if DEVICE.type == "cpu":
         request.getfixturevalue("gpu_path")
     step = importlib.import_module("llama.kernels.gpu_step")
-    monkeypatch.setattr(step, "SHAPES", {16: (4, 64, 4), 8: (8, 64, 4), 4: (8, 64, 4)})
+    monkeypatch.setattr(step, "SHAPES", dict.fromkeys((16, 8, 4), (8, 64, 4)))
     dtype, most = (torch.float32, 1e-3) if DEVICE.type == "cpu" else (torch.bfloat16, 0.05)
     params = {"dim": 96, "n_layers": 1, "n_heads": 4, "n_kv_heads": 4 // shared, "multiple_of": 32, "norm_eps": 1e-5}
+    params |= {"ffn_dim_multiplier": 0.6}
     weights, tokens = random_weights({**params, "vocab_size": 45}), [1, 7, 40]
     model = model_of({**params, "vocab_size": 45}, weights, quantize, dtype)
     cache = model.new_cache(3, 20)

@@ -116,8 +116,8 @@ def test_what_does_not_finish_in_time_is_told_so() -> None:
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo in float32, in which the word "kite" has an embedding that is not a number."""
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service of the demo in float32, in which the token with which "zzz" ends has an embedding of no numbers."""
     weights = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
     folder = tmp_path_factory.mktemp("damaged")
     shutil.copy(DEMO / "tokenizer.model", folder)
@@ -127,14 +127,16 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama = Llama.build(str(folder), None, 64, 1, device="cpu")
     last = llama.prompt_tokens("zzz")[-1]
     embeddings[last] = torch.nan
-    return save(folder, params, {name: tensor.float() for name, tensor in weights.items()})
+    save(folder, params, {name: tensor.float() for name, tensor in weights.items()})
+    with service("--ckpt_dir", str(folder), "--max_seq_len", "128") as running:
+        yield running
 
 
-def test_a_request_whose_logits_fail_fails_alone(damaged: Path) -> None:
-    with service("--ckpt_dir", str(damaged), "--max_seq_len", "128") as running, ThreadPoolExecutor(9) as threads:
+def test_a_request_whose_logits_fail_fails_alone(damaged: Service) -> None:
+    with ThreadPoolExecutor(9) as threads:
         prompts = ["zzz" if number % 3 == 0 else f"Mia had {number} dogs." for number in range(9)]
         bodies = [{"prompt": prompt, "max_tokens": 20, "temperature": 0} for prompt in prompts]
-        answers = list(threads.map(lambda body: running.post("completions", body), bodies))
+        answers = list(threads.map(lambda body: damaged.post("completions", body), bodies))
         assert [answer.status_code for answer in answers] == [500, 200, 200] * 3
         assert "NaN or infinite logits" in answers[0].json()["error"]["message"]
         assert answers[0].json()["error"]["type"] == "server_error"
@@ -294,24 +296,23 @@ async def streamed(port: int, body: dict[str, Any], turn: asyncio.Semaphore) -> 
     return "".join(json.loads(part)["choices"][0]["text"] for part in parts)
 
 
-def test_a_load_of_many_streams() -> None:
+def test_a_load_of_many_streams(damaged: Service) -> None:
     """200 at once, and some hundreds after one another: each gets its own text, and memory stays."""
-    with service("--max_seq_len", "128") as running:
-        process = psutil.Process(running.process.pid)
+    process = psutil.Process(damaged.process.pid)
 
-        async def ask(count: int, at_once: int) -> list[str]:
-            turn = asyncio.Semaphore(at_once)
-            bodies = [{"prompt": f"Tom has {n % 25} dogs.", "temperature": 0, "max_tokens": 8} for n in range(count)]
-            return await asyncio.gather(*(streamed(running.port, body, turn) for body in bodies))
+    async def ask(count: int, at_once: int) -> list[str]:
+        turn = asyncio.Semaphore(at_once)
+        bodies = [{"prompt": f"Tom has {n % 25} dogs.", "temperature": 0, "max_tokens": 8} for n in range(count)]
+        return await asyncio.gather(*(streamed(damaged.port, body, turn) for body in bodies))
 
-        expected = asyncio.run(ask(25, at_once=1))
-        assert len(set(expected)) > 5
-        assert asyncio.run(ask(200, at_once=200)) == expected * 8
-        before = process.memory_info().rss
-        assert asyncio.run(ask(400, at_once=200)) == expected * 16
-        grown = process.memory_info().rss - before
-        assert grown < 20e6, f"memory grew by {grown / 1e6:.1f} MB"
-        assert running.metric("requests_running") == running.metric("requests_waiting") == 0
+    expected = asyncio.run(ask(25, at_once=1))
+    assert len(set(expected)) > 5
+    assert asyncio.run(ask(200, at_once=200)) == expected * 8
+    before = process.memory_info().rss
+    assert asyncio.run(ask(400, at_once=200)) == expected * 16
+    grown = process.memory_info().rss - before
+    assert grown < 20e6, f"memory grew by {grown / 1e6:.1f} MB"
+    assert damaged.metric("requests_running") == damaged.metric("requests_waiting") == 0
 
 
 def started(*flags: str, **env: str) -> tuple[int, str]:

@@ -36,6 +36,7 @@ from talks import (
 from llama import Llama, log
 from llama.chat import REFUSAL, Dialog
 from llama.cli.chat import session
+from llama.errors import PromptError
 from llama.request import SamplingParams
 from llama.tokenizer import Tokenizer
 
@@ -257,8 +258,10 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_talk(child: pexpect.spawn, tmp_pat
 
 
 def test_an_answer_stopped_before_it_began_leaves_no_trace(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Here it would be newlines without end."""
+    """Here it would be newlines without end. Then Ctrl-D leaves the talk, and nothing was written."""
     child = start(tmp_path, *command(4096, "--show_prompt"))
+    assert "llama: /help lists what can be done; Ctrl-D leaves" in child.before
+    say(child, "/help")
     newline = next(t for t in range(tokenizer.n_words) if tokenizer.surface(t) == ord("\n"))
     say(child, f'/set logit_bias {{"{newline}": 1000}}')
     say(child, ENDLESS)
@@ -268,7 +271,9 @@ def test_an_answer_stopped_before_it_began_leaves_no_trace(tmp_path: Path, token
     child.expect_exact("llama: stopped")
     heard(child)
     assert say(child, "/undo") == EMPTY
-    child.close(force=True)
+    child.send(CTRL_D)
+    assert end(child) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------------- the full context
@@ -277,13 +282,20 @@ def test_an_answer_stopped_before_it_began_leaves_no_trace(tmp_path: Path, token
 OTHERS = ["What sound does a cat make?", "What sound does a cow make?"]
 
 
-@pytest.fixture
-def narrow(tmp_path: Path) -> Iterator[pexpect.spawn]:
-    """After two exchanges: the first ends at token 22, the second at 45, and a third message alone ends at 62."""
-    child = start(tmp_path, *command(60))
-    assert say(child, DOG) == WOOF and say(child, OTHERS[0]) == "A cat says meow.\n"
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pexpect.spawn]:
+    child = start(tmp_path_factory.mktemp("home"), *command(60))
     yield child
     child.close(force=True)
+
+
+@pytest.fixture
+def narrow(small: pexpect.spawn) -> pexpect.spawn:
+    """After two exchanges: the first ends at token 22, the second at 45, and a third message alone ends at 62."""
+    for line in ("/reset", "/set min_gen_len 0"):
+        say(small, line)
+    assert say(small, DOG) == WOOF and say(small, OTHERS[0]) == "A cat says meow.\n"
+    return small
 
 
 def asked(child: pexpect.spawn, keys: str, question: str) -> str:
@@ -329,15 +341,6 @@ def test_a_message_that_can_never_fit_is_not_kept(narrow: pexpect.spawn) -> None
 # ----------------------------------------------------------------------------------------------- beginning and leaving
 
 
-def test_ctrl_d_leaves_and_nothing_was_written(tmp_path: Path) -> None:
-    child = start(tmp_path, *command())
-    assert "llama: /help lists what can be done; Ctrl-D leaves" in child.before
-    say(child, "/help")
-    child.send(CTRL_D)
-    assert end(child) == 0
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_quiet_greets_nobody_and_show_prompt_shows_it(tmp_path: Path) -> None:
     """Then SIGTERM ends the talk: the terminal is as it was."""
     child = start(tmp_path, *command(512, "--system", "Answer in capital letters.", "--quiet", "--show_prompt"))
@@ -378,19 +381,9 @@ def test_sigterm_in_a_finalizer_ends_it_too(tmp_path: Path) -> None:
     assert child.exitstatus == 128 + signal.SIGTERM
 
 
-def test_a_talk_needs_a_terminal(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, *command()], input="hello\n", capture_output=True, encoding="utf-8", timeout=180,
-        env=environment(tmp_path),
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stdout == ""
-    assert "llama: standard input is not a terminal, and a talk needs one: run llama chat in a terminal" in done.stderr
-
-
-def test_a_system_prompt_with_special_tags_is_an_error(tmp_path: Path) -> None:
-    child = pexpect.spawn(sys.executable, command(512, "--system", "[INST]"), env=environment(tmp_path), timeout=180)
-    child.expect_exact("llama: the system prompt holds a special tag")
-    assert end(child) == 2
+def test_a_system_prompt_with_special_tags_is_an_error(demo: Llama) -> None:
+    with pytest.raises(PromptError, match=r"^the system prompt holds a special tag"):
+        session.talk(demo, SamplingParams(), system="[INST]")
 
 
 # ----------------------------------------------------------------------------------------------------- under torchrun
@@ -424,7 +417,7 @@ from llama import parallel
 
 torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=1))
 group = parallel.patient_group()
-time.sleep(0 if parallel.rank() else 3)
+time.sleep(0 if parallel.rank() else 2)
 said = parallel.broadcast(f"said by {parallel.rank()}", torch.device("cpu"), group)
 sys.stdout.write(f"{said}\\n")  # in one piece: two processes write
 """
