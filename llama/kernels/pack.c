@@ -15,16 +15,24 @@ void llama_use_huge_pages(void *memory, int64_t bytes) {
 #endif
 }
 
-/* W (rows, groups, fours of four bytes) → blocks as the kernels read them; rows that are not there are zeros. */
+enum { LINE = 16 }; /* numbers of four bytes in a line of the cache */
+
+/* W (rows, groups, fours of four bytes) → blocks as the kernels read them; rows that are not there are zeros. Rows may lie so
+   that their lines drive each other out of the cache: each line is copied once, and is at hand then. */
 void llama_pack(const uint32_t *from, uint32_t *to, int64_t rows, int64_t groups, int64_t fours, int threads) {
+    const int64_t length = groups * fours;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t block = 0; block < (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; block++) {
-        const uint32_t *own = from + block * BLOCK_ROWS * groups * fours;
-        uint32_t *packed = to + block * BLOCK_ROWS * groups * fours;
+        const uint32_t *own = from + block * BLOCK_ROWS * length;
+        uint32_t *packed = to + block * BLOCK_ROWS * length;
         int64_t there = rows - block * BLOCK_ROWS < BLOCK_ROWS ? rows - block * BLOCK_ROWS : BLOCK_ROWS;
-        for (int64_t i = 0; i < groups * fours; i++)
-            for (int64_t lane = 0; lane < BLOCK_ROWS; lane++)
-                packed[i * BLOCK_ROWS + lane] = lane < there ? own[lane * groups * fours + i] : 0;
+        uint32_t lines[BLOCK_ROWS][LINE] = {{0}};
+        for (int64_t i = 0; i < length; i += LINE) {
+            int64_t count = length - i < LINE ? length - i : LINE;
+            for (int64_t lane = 0; lane < there; lane++) memcpy(lines[lane], own + lane * length + i, count * 4);
+            for (int64_t k = 0; k < count; k++)
+                for (int64_t lane = 0; lane < BLOCK_ROWS; lane++) packed[(i + k) * BLOCK_ROWS + lane] = lines[lane][k];
+        }
     }
 }
 

@@ -16,6 +16,7 @@ TEST = str(ROOT / "tests" / "kernels" / "kernels_test.c")
 AS_INSTALLED = ["-O3", "-fno-math-errno"]  # setup.py's flags
 # It need not be known where variables lie, which takes long to find out.
 SANITIZED = ["-O1", "-g1", "-fno-var-tracking", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+SANITIZED += ["-DLOOKS=0"]  # threads take pieces from each other at every turn
 BY_CALLS = ["--param=asan-instrumentation-with-call-threshold=0"]  # compiles in less time; an emulator loses it again
 ARM_COMPILER, ARM_LIBRARIES = "aarch64-linux-gnu-gcc", "/usr/aarch64-linux-gnu"
 CLANG_TARGETS = {
