@@ -1,4 +1,4 @@
-"""One process of a run that test_parallel.py starts under torchrun: `parallel_worker.py JOB`.
+"""One process of a run that test_parallel.py starts: `parallel_worker.py JOB`.
 
 JOB is a JSON file: "builds" (name → options of `Llama.build`, and "loop": whether decode steps run ahead of the
 host, as on CUDA), "prompts" (tokens) and "out", a folder into which every process writes what it got as RANK.json.

@@ -1,8 +1,9 @@
-"""Several processes under torchrun on gloo do what one does."""
+"""Several processes on gloo do what one does, under torchrun too."""
 
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,35 +13,37 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save
-from conftest import DEMO, ROOT
+from conftest import DEMO, ROOT, Ended
 from near_ties import assert_agree, logits_of
+from peers import run
 
 from llama import Llama, SamplingParams, parallel
 
 Done = subprocess.CompletedProcess
 PROMPTS = [[1, 5, 9, 200, 17], [1, 7], [1, 33, 301, 44, 80, 80, 12, 9, 5]]
 SIZES = {"max_seq_len": 64, "max_batch_size": 2}  # fewer slots than prompts: they take turns
+WORKER = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+runpy.run_path({str(ROOT / "tests" / "parallel_worker.py")!r}, run_name="__main__")
+"""
 SCRIPTS = ["example_text_completion.py", "example_chat_completion.py"]
 
 
 def torchrun(processes: int, script: Path, *arguments: str) -> Done[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return run_python(*launcher, str(script), *arguments)
-
-
-def run_python(*arguments: str) -> Done[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
+    command = [sys.executable, *launcher, str(script), *arguments]
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=180, env=environment)
 
 
-def run_worker(processes: int, folder: Path, builds: dict[str, dict]) -> tuple[list[dict[str, Any]], Done[str]]:
-    """What every rank wrote, and how the run ended."""
+def run_worker(processes: int, folder: Path, builds: dict[str, dict]) -> tuple[list[dict[str, Any]], list[Ended]]:
+    """What every rank wrote, and how it ended."""
     job = folder / "job.json"
     job.write_text(json.dumps({"out": str(folder), "prompts": PROMPTS, "builds": builds}))
-    done = torchrun(processes, ROOT / "tests" / "parallel_worker.py", str(job))
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)], done
+    ended = list(run(folder, WORKER, str(job), processes=processes).values())
+    assert [code for code, _, _ in ended] == [0] * processes, ended
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)], ended
 
 
 def options(folder: Path, **more: Any) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def alone(build: Callable[..., Llama]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, small: dict, weights: dict) -> tuple[list[dict], Done[str]]:
+def two(tmp_path_factory: pytest.TempPathFactory, small: dict, weights: dict) -> tuple[list[dict], list[Ended]]:
     """Two processes, each build split over both: of 1, 2 and 4 shards, in bfloat16, with a fresh seed."""
     out = tmp_path_factory.mktemp("two")
     folders = {n: save(out / f"shards{n}", small, weights, n) for n in (1, 2, 4)}
@@ -107,9 +110,9 @@ def test_all_ranks_decide_alike(two: tuple) -> None:
 
 def test_only_rank_0_talks(two: tuple) -> None:
     """One line a build, nothing on stdout (fairscale's announcements are not passed on)."""
-    ranks, done = two
-    lines = [line for line in done.stderr.splitlines() if line.startswith("llama:")]
-    assert done.stdout == ""
+    ranks, ended = two
+    lines = [line for _, _, err in ended for line in err.splitlines() if line.startswith("llama:")]
+    assert [out for _, out, _ in ended] == ["", ""]
     assert len(lines) == 6 and all("on cpu, split over 2 processes, max_seq_len=64" in line for line in lines)
     assert f"seed={ranks[0]['fresh seed']['seed']}," in lines[-1]
 
@@ -119,24 +122,28 @@ def test_replicas_times_model_parallel_size_is_the_world(
 ) -> None:
     """Four processes as two replicas of a model split over two."""
     folder = save(tmp_path / "shards2", small, weights, 2)
-    ranks, done = run_worker(4, tmp_path, {"replicas": options(folder, model_parallel_size=2)})
+    ranks, ended = run_worker(4, tmp_path, {"replicas": options(folder, model_parallel_size=2)})
     assert [rank["model_parallel"] for rank in ranks] == [[0, 2, 4], [1, 2, 4], [0, 2, 4], [1, 2, 4]]
     for rank in ranks:
         assert_same_as_alone(rank["replicas"], alone)
-    assert done.stderr.count("split over 2 processes × 2 replicas") == 1
+    assert sum(err.count("split over 2 processes × 2 replicas") for _, _, err in ended) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- the scripts
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_under_torchrun_prints_what_it_prints_alone(demo_float32: Path, script: str) -> None:
+def test_a_script_under_torchrun_prints_what_it_prints_alone(
+    demo_float32: Path, script: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The demo's answers at temperature 0, and once: from rank 0."""
     arguments = ["--ckpt_dir", str(demo_float32), "--temperature", "0", "--max_gen_len", "64"]
-    plain = run_python(str(ROOT / script), *arguments)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    plain = capfd.readouterr().out
     both = torchrun(2, ROOT / script, *arguments)
-    assert plain.returncode == both.returncode == 0, both.stderr
-    assert plain.stdout.strip() and both.stdout == plain.stdout
+    assert both.returncode == 0, both.stderr
+    assert plain.strip() and both.stdout == plain
     assert both.stderr.count("llama: ") == both.stderr.count("float32 on cpu, split over 2 processes") == 1
 
 

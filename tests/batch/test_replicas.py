@@ -13,15 +13,17 @@ import pytest
 import torch
 from batch_files import environment, lines, records, sorted_lines
 from conftest import ROOT, Ended
+from peers import run
 
 from llama.batch.replicas import SILENT
 from llama.cli.commands import main
 
-FLAGS = ["--max_seq_len", "256", "--max_batch_size", "2", "--max_gen_len", "30", "--device", "cpu"]
+FLAGS = ["--max_seq_len", "256", "--max_batch_size", "2", "--device", "cpu"]
+COMMAND = "from llama.cli.commands import main\nmain()"
 
 
-def words(file: Path, output: Path, *more: str) -> list[str]:
-    return ["batch", str(file), "--output", str(output), *FLAGS, *more]
+def words(file: Path, output: Path, *more: str, length: int = 30) -> list[str]:
+    return ["batch", str(file), "--output", str(output), *FLAGS, "--max_gen_len", str(length), *more]
 
 
 def command(processes: int, *arguments: Path | str) -> list[str]:
@@ -73,14 +75,14 @@ def test_two_replicas_write_what_one_process_does(prompts: Path, alone: list[byt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run"]
 
 
-def test_two_replicas_of_two_processes_each(prompts: Path, tmp_path: Path) -> None:
+def test_two_replicas_of_two_processes_each(tmp_path: Path) -> None:
     """World size = replicas × model-parallel size; the same bytes as one model split over two processes."""
-    few = tmp_path / "few.jsonl"
-    few.write_text("".join(prompts.read_text().splitlines(keepends=True)[:20]))  # a block for each replica
-    one = call(2, few, tmp_path / "one")
-    two = call(4, few, tmp_path / "two", "--model_parallel_size", "2")
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    assert "split over 2 processes × 2 replicas" in two.stderr
+    few = tmp_path / "few.txt"
+    few.write_text("".join(f"Tom had {n} dogs.\n" for n in range(20)))  # a block for each replica
+    one = run(tmp_path, COMMAND, *words(few, tmp_path / "one", length=8), processes=2)
+    two = run(tmp_path, COMMAND, *words(few, tmp_path / "two", "--model_parallel_size", "2", length=8), processes=4)
+    assert {code for code, _, _ in [*one.values(), *two.values()]} == {0}, (one, two)
+    assert "split over 2 processes × 2 replicas" in two[0][2]
     assert sorted_lines(tmp_path / "one") == sorted_lines(tmp_path / "two")
 
 
@@ -92,15 +94,14 @@ def test_a_rank_that_dies_fails_the_run_and_a_rerun_resumes(
     output = tmp_path / "out"
     log = open(tmp_path / "log", "w+")  # noqa: SIM115
     two = command(2, prompts, output, "--model_parallel_size", "1")
-    run = subprocess.Popen(two, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+    begun = subprocess.Popen(two, cwd=ROOT, env=environment(), stdout=log, stderr=log)
     part = output.with_name("out.part1")
-    while run.poll() is None and not (part.exists() and part.stat().st_size and output.stat().st_size):
+    while begun.poll() is None and not (part.exists() and part.stat().st_size and output.stat().st_size):
         time.sleep(0.02)
-    assert run.poll() is None, (tmp_path / "log").read_text()
-    os.kill(rank_process(run.pid, dies), signal.SIGKILL)
-    assert run.wait(120) != 0
-    begun = len(records(output)) + len(part.read_bytes().splitlines())
-    assert 0 < begun < len(alone)
+    assert begun.poll() is None, (tmp_path / "log").read_text()
+    os.kill(rank_process(begun.pid, dies), signal.SIGKILL)
+    assert begun.wait(120) != 0
+    assert 0 < len(records(output)) + len(part.read_bytes().splitlines()) < len(alone)
     code, _, said = here(*words(prompts, output))
     assert code == 0, said
     assert "requests already" in said and not part.exists()

@@ -5,13 +5,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pexpect
 import pytest
+from peers import run
 from talks import (
     CTRL_A,
     CTRL_C,
@@ -409,7 +409,6 @@ def test_two_processes_talk_as_one(tmp_path: Path) -> None:
 
 
 PATIENCE = """
-import sys
 import time
 from datetime import timedelta
 import torch
@@ -419,16 +418,11 @@ torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=1))
 group = parallel.patient_group()
 time.sleep(0 if parallel.rank() else 2)
 said = parallel.broadcast(f"said by {parallel.rank()}", torch.device("cpu"), group)
-sys.stdout.write(f"{said}\\n")  # in one piece: two processes write
+print(said)
 """
 
 
 def test_processes_wait_for_a_person_longer_than_for_each_other(tmp_path: Path) -> None:
     """A second here, as 10 to 30 minutes elsewhere."""
-    script = tmp_path / "patience.py"
-    script.write_text(PATIENCE)
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, str(script)], capture_output=True, encoding="utf-8", timeout=180,
-        env=environment(tmp_path),
-    )  # fmt: skip
-    assert done.stdout == "said by 0\n" * 2, done.stderr
+    for code, out, err in run(tmp_path, PATIENCE).values():
+        assert (code, out) == (0, "said by 0\n"), err
