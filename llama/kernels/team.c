@@ -78,6 +78,7 @@ static int is_over(const Team *team) { return __atomic_load_n(&team->work->turn,
 /* The next piece for this thread, which holds it then, of a turn that has `per` in each share: piece p is of share p / per.
    −1 when the turn is over, and whatever was written in it is seen. Then this thread is in the next. */
 int64_t llama_piece(Team *team, int64_t per) {
+    if (!per) return -1; /* nothing to do is no turn */
     Work *work = team->work;
     int64_t piece = take(team, per);
     while (piece < 0) {

@@ -560,6 +560,7 @@ static void check_team(void) {
         Team team = llama_team(&work);
         const struct timespec long_time = {.tv_nsec = 2000000};
         for (int turn = 0; turn < TURNS; turn++) {
+            PIECES(piece, &team, 0) early++; /* which is no turn */
             PIECES(piece, &team, PER) {
                 if ((turn + piece) % 97 == team.thread) nanosleep(&long_time, 0);
                 if (!llama_keep(&team, piece)) {
