@@ -46,7 +46,7 @@ enum { GROUP = 32, BLOCK_ROWS = 16 }; /* inputs that share a scale; rows of a bl
 /* What the other threads of a team see of one of them; see team.c. */
 typedef struct {
     _Alignas(64) uint64_t taken; /* pieces of its share that somebody took; turn << 32 | number */
-    uint64_t held;               /* the piece that it computes, which others may take from it; turn << 32 | number + 1 */
+    uint64_t held;               /* the piece of which nobody has begun to write what it computes; turn << 32 | number + 1 */
 } Share;
 
 /* What a team works on, turn by turn. */
@@ -57,10 +57,10 @@ typedef struct {
     Share *shares;
 } Work;
 
-/* A thread of a team, and the turn in which it is. */
+/* A thread of a team, the turn in which it is, and who holds the piece that it does. */
 typedef struct {
     Work *work;
-    int thread, threads;
+    int thread, threads, holder;
     uint32_t turn;
 } Team;
 
@@ -73,9 +73,9 @@ INLINE Work llama_work(Share *shares, int threads) {
 /* This thread among those of the parallel region. */
 INLINE Team llama_team(Work *work) {
 #if defined(_OPENMP)
-    return (Team){work, omp_get_thread_num(), omp_get_num_threads(), 0};
+    return (Team){.work = work, .thread = omp_get_thread_num(), .threads = omp_get_num_threads()};
 #else
-    return (Team){work, 0, 1, 0};
+    return (Team){.work = work, .threads = 1};
 #endif
 }
 

@@ -412,7 +412,7 @@ static int64_t pieces_of(int64_t rows, int64_t in_a_piece, int threads) {
     return share < in_a_piece ? 1 : (share + in_a_piece - 1) / in_a_piece;
 }
 
-/* The sums of a piece of a share, rows begin … end of W, are computed, and written if this thread holds the piece even then. */
+/* The sums of a piece of a share, rows begin … end of W, are computed, and written if nobody else has done so. */
 static void few_rows(const Plain *p, int64_t begin, int64_t end, int64_t index, int is_last, int64_t n, int variant,
                      Team *team, int64_t piece, int64_t per) {
     const Reading reading = reading_of(p, n, variant);

@@ -314,8 +314,8 @@ static void write_block(const Product *p, int64_t block, int64_t row, int rows, 
             write_number(p->y, p->dtype, (row + i) * p->outputs + first + out, results[i * BLOCK_ROWS + out]);
 }
 
-/* A piece, blocks begin … end of W, against all of x. Results of few rows are computed, and written if this thread holds the
-   piece even then. Many rows are too many for that; what of a block is read once stays in the cache for the next of them. */
+/* A piece, blocks begin … end of W, against all of x. Results of few rows are computed, and written if nobody else
+   has done so. Many rows are too many for that; what of a block is read once stays in the cache for the next of them. */
 static void some_blocks(const Product *p, const Rows *x, int64_t begin, int64_t end, int variant, Team *team, int64_t piece,
                         int64_t per) {
     const int most = variant == USES_AVX512 && p->n <= FEW_PLAIN ? BLOCKS : 1; /* where they wait for memory, not for vectors */

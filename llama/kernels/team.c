@@ -2,14 +2,13 @@
    of a turn is in pieces, as many in each thread's share. A thread takes those of its own share, one after the other, then
    what is left of others'; when all pieces are done the next turn begins.
 
-   A thread may lose its processor to another program, for milliseconds. What it has not begun is taken by others then. So is
-   the piece that it holds: a product's results are computed beside their place, and only who still holds the piece writes
-   them. Who comes back late finds that turns have passed, and joins in where the others are. */
+   A thread may lose its processor to another program, for milliseconds. What it has not begun is taken by others then. The
+   piece that it holds they do too: a product's results are computed beside their place, and whoever is first writes them.
+   Who comes back late finds that turns have passed, and joins in where the others are. */
 
 #include "kernels.h"
 
 #if defined(__linux__)
-#include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif !defined(_WIN32)
@@ -17,8 +16,10 @@
 #endif
 
 #if !defined(LOOKS)
-#define LOOKS 2000 /* before a thread takes others' pieces from them, or sleeps: longer than the time of a piece */
+#define LOOKS 2000 /* at the turn, before a thread does a piece that another holds, or sleeps: as long as most pieces take */
 #endif
+
+enum { WAIT = 0 | 128, WAKE = 1 | 128 }; /* of linux/futex.h, which is not everywhere: FUTEX_WAIT and FUTEX_WAKE, _PRIVATE */
 
 INLINE void pause_shortly(void) {
 #if X86
@@ -32,7 +33,7 @@ INLINE void pause_shortly(void) {
 static void sleep_during(Work *work, uint32_t now) {
     __atomic_add_fetch(&work->asleep, 1, __ATOMIC_SEQ_CST);
 #if defined(__linux__)
-    syscall(SYS_futex, &work->turn, FUTEX_WAIT_PRIVATE, now, 0, 0, 0); /* returns at once where it is not */
+    syscall(SYS_futex, &work->turn, WAIT, now, 0, 0, 0); /* returns at once where it is not */
 #elif !defined(_WIN32)
     sched_yield();
 #endif
@@ -42,7 +43,7 @@ static void sleep_during(Work *work, uint32_t now) {
 
 static void wake_all(uint32_t *turn) {
 #if defined(__linux__)
-    syscall(SYS_futex, turn, FUTEX_WAKE_PRIVATE, INT32_MAX, 0, 0, 0);
+    syscall(SYS_futex, turn, WAKE, INT32_MAX, 0, 0, 0);
 #endif
     (void)turn;
 }
@@ -61,42 +62,44 @@ static int64_t take(const Team *team, int64_t per) {
     return -1;
 }
 
-/* A piece of this turn that another thread holds, which no longer does then; −1 where there is none. */
-static int64_t take_away(const Team *team) {
+/* A piece of this turn that another thread holds, whose number goes to `holder`; −1 where there is none. */
+static int64_t held_by_another(const Team *team, int *holder) {
     for (int i = 1; i < team->threads; i++) {
-        uint64_t *held = &team->work->shares[(team->thread + i) % team->threads].held;
-        uint64_t seen = __atomic_load_n(held, __ATOMIC_ACQUIRE);
-        if (seen > at(team, 0) && seen >> 32 == team->turn)
-            if (__atomic_compare_exchange_n(held, &seen, 0, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
-                return (int64_t)(uint32_t)seen - 1;
+        *holder = (team->thread + i) % team->threads;
+        uint64_t held = __atomic_load_n(&team->work->shares[*holder].held, __ATOMIC_ACQUIRE);
+        if (held > at(team, 0) && held >> 32 == team->turn) return (int64_t)(uint32_t)held - 1;
     }
     return -1;
 }
 
 static int is_over(const Team *team) { return __atomic_load_n(&team->work->turn, __ATOMIC_ACQUIRE) != team->turn; }
 
-/* The next piece for this thread, which holds it then, of a turn that has `per` in each share: piece p is of share p / per.
-   −1 when the turn is over, and whatever was written in it is seen. Then this thread is in the next. */
+/* The next piece for this thread, of a turn that has `per` in each share: piece p is of share p / per. It may be one that
+   another thread holds, and that both do then. −1 when the turn is over, and whatever was written in it is seen; then this
+   thread is in the next. */
 int64_t llama_piece(Team *team, int64_t per) {
     if (!per) return -1; /* nothing to do is no turn */
     Work *work = team->work;
     int64_t piece = take(team, per);
+    if (piece >= 0) {
+        team->holder = team->thread;
+        __atomic_store_n(&work->shares[team->thread].held, at(team, piece + 1), __ATOMIC_RELEASE);
+    }
     while (piece < 0) {
         for (int i = 0; i < LOOKS && !is_over(team); i++) pause_shortly();
         if (is_over(team)) {
             team->turn++;
             return -1;
         }
-        if ((piece = take_away(team)) < 0) sleep_during(work, team->turn);
+        if ((piece = held_by_another(team, &team->holder)) < 0) sleep_during(work, team->turn);
     }
-    __atomic_store_n(&work->shares[team->thread].held, at(team, piece + 1), __ATOMIC_RELEASE);
     return piece;
 }
 
-/* Whether this thread still holds the piece. From now on nobody takes it away. */
+/* Whether the piece is this thread's to write: it is for the first that asks, of those that have it. */
 int llama_keep(Team *team, int64_t piece) {
-    uint64_t own = at(team, piece + 1);
-    return __atomic_compare_exchange_n(&team->work->shares[team->thread].held, &own, 0, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+    uint64_t held = at(team, piece + 1);
+    return __atomic_compare_exchange_n(&team->work->shares[team->holder].held, &held, 0, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
 }
 
 /* A piece that was kept is done. The last one of a turn begins the next. */
