@@ -1,19 +1,16 @@
 """`llama bench`: the rounds by a fake clock, limits by hand, the table, records beside earlier ones, the command."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, Ended
 
 from llama import Llama
 from llama.bench import limits, measure, report, rounds
 from llama.bench.figures import LONGEST, Figure, batches, steps_within, too_long, wanted
-from llama.cli import commands
 from llama.errors import ParameterError
 
 RUN = {"checkpoint": "a", "dtype": "float32"}
@@ -174,24 +171,14 @@ def test_a_file_that_is_not_ours_is_one_line(data: bytes | None, said: str, tmp_
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, str]]:
+def bench(here: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
     """bench(*words): (exit code, stdout, stderr), with quick measurements of the machine."""
     monkeypatch.setattr(limits, "READ", 1 << 22)
     monkeypatch.setattr(limits, "SQUARE", 64)
-
-    def bench(*words: str) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llama", "bench", "--device=cpu", *words])
-        code: Any = 0
-        try:
-            commands.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    return bench
+    return lambda *words: here("bench", "--device=cpu", *words)
 
 
-def test_the_demo_is_measured_and_compared(bench: Callable[..., tuple[Any, str, str]], tmp_path: Path) -> None:
+def test_the_demo_is_measured_and_compared(bench: Callable[..., Ended], tmp_path: Path) -> None:
     sizes = ["--max_batch_size=2", "--max_seq_len=200", "--seconds=3"]
     code, out, err = bench(*sizes, "--json", "--quiet")
     found = json.loads(out)
@@ -206,7 +193,7 @@ def test_the_demo_is_measured_and_compared(bench: Callable[..., tuple[Any, str, 
     assert code == 0 and "× earlier" in out and "the earlier run had checkpoint the demo (now " in out
 
 
-def test_a_second_ends_soon_and_says_what_is_missing(bench: Callable[..., tuple[Any, str, str]]) -> None:
+def test_a_second_ends_soon_and_says_what_is_missing(bench: Callable[..., Ended]) -> None:
     code, out, err = bench("--seconds=0.001", "--max_batch_size=1", "--markdown")
     assert code == 0 and "missing: decode, batch 1, context 2048: no time was left" in out
     assert "| load |" in out and "| decode" not in out and "running the bundled demo checkpoint" in err
@@ -222,6 +209,6 @@ def test_a_second_ends_soon_and_says_what_is_missing(bench: Callable[..., tuple[
         (["--compare=/nowhere/x"], "/nowhere/x cannot be read"),
     ],
 )
-def test_what_cannot_run(words: list[str], said: str, bench: Callable[..., tuple[Any, str, str]]) -> None:
+def test_what_cannot_run(words: list[str], said: str, bench: Callable[..., Ended]) -> None:
     code, out, err = bench(*words)
     assert (code, out) == (2, "") and err.startswith(f"llama: {said}") and err.count("\n") == 1
