@@ -273,8 +273,7 @@ void llama_attend_together(const Attention *a, uint8_t *workspace, Team *team) {
     int64_t groups = 0;
     for (int64_t first = 0; first < a->n; first += tokens_together(a, first, most)) groups += each;
     const int64_t per = (groups + team->threads - 1) / team->threads;
-    PIECES(piece, team, per) {
-        if (!llama_keep(team, piece)) continue;
+    KEPT_PIECES(piece, team, per) {
         int64_t first = 0, group = piece, head;
         for (; group >= each && first < a->n; group -= each) first += tokens_together(a, first, most);
         if (first < a->n) {
@@ -282,7 +281,6 @@ void llama_attend_together(const Attention *a, uint8_t *workspace, Team *team) {
             const Group g = {first, group / parts * heads + head, tokens_together(a, first, most), (int)least(size, heads - head)};
             attend(a, &g, group / parts, &room);
         }
-        llama_done(team, per);
     }
 }
 

@@ -81,13 +81,11 @@ static int64_t first_row(const Shape *s, const Team *team, int64_t share) { retu
 
 /* x + y → x, where there is a y, then its RMSNorm. */
 static void add_and_norm(const Shape *s, const void *y, const void *weight, const Parts *p, Team *team) {
-    PIECES(share, team, 1) {
-        if (!llama_keep(team, share)) continue;
+    KEPT_PIECES(share, team, 1) {
         int64_t begin = first_row(s, team, share), end = first_row(s, team, share + 1);
         for (int64_t i = begin * s->dim; y && i < end * s->dim; i++)
             write_number(p->x, s->dtype, i, read_number(p->x, s->dtype, i) + read_number(y, s->dtype, i));
         llama_norm_rows(p->x, weight, p->normed, begin, end, s->dim, s->eps, s->dtype, s->variant);
-        llama_done(team, 1);
     }
 }
 
@@ -100,19 +98,15 @@ static void run_layer(const Shape *s, const Layer *layer, const void *next, int6
                                  stride, s->n_heads, s->n_kv_heads, s->head_dim, s->dtype, s->stored, s->variant};
     multiply(s, s->format, p->normed, layer->wqkv, layer->wqkv_scales, p->wide, s->dim,
              heads + 2 * s->n_kv_heads * s->head_dim, p->product, team);
-    PIECES(share, team, 1) {
-        if (!llama_keep(team, share)) continue;
+    KEPT_PIECES(share, team, 1) {
         llama_rope_rows(&rope, first_row(s, team, share), first_row(s, team, share + 1), s->variant);
-        llama_done(team, 1);
     }
     llama_attend_together(&attention, p->attention, team);
     multiply(s, s->format, p->attended, layer->wo, layer->wo_scales, p->result, heads, s->dim, p->product, team);
     add_and_norm(s, p->result, layer->ffn_norm, p, team);
     multiply(s, s->format, p->normed, layer->w13, layer->w13_scales, p->wide, s->dim, 2 * s->hidden, p->product, team);
-    PIECES(share, team, 1) {
-        if (!llama_keep(team, share)) continue;
+    KEPT_PIECES(share, team, 1) {
         llama_silu_and_mul_share(p->wide, p->normed, s->n, s->hidden, s->dtype, s->variant, (int)share, team->threads);
-        llama_done(team, 1);
     }
     multiply(s, s->format, p->normed, layer->w2, layer->w2_scales, p->result, s->hidden, s->dim, p->product, team);
     add_and_norm(s, p->result, next, p, team);
@@ -143,11 +137,9 @@ void llama_step(
         for (int64_t i = 0; i < n_layers; i++)
             run_layer(s, layers + i, i + 1 < n_layers ? layers[i + 1].attention_norm : ends->norm, longest, &p, &team);
         multiply(s, s->output_format, p.normed, ends->output, ends->output_scales, p.wide, s->dim, s->vocab, p.product, &team);
-        PIECES(share, &team, 1) {
-            if (!llama_keep(&team, share)) continue;
+        KEPT_PIECES(share, &team, 1) {
             for (int64_t i = numbers * share / team.threads; i < numbers * (share + 1) / team.threads; i++)
                 logits[i] = read_number(p.wide, s->dtype, i);
-            llama_done(&team, 1);
         }
     }
 }

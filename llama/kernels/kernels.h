@@ -86,6 +86,15 @@ void llama_done(Team *team, int64_t per);
 /* For each piece that this thread gets, of a turn that has `per` in each thread's share. */
 #define PIECES(piece, team, per) for (int64_t piece; (piece = llama_piece(team, per)) >= 0;)
 
+/* The same where a piece cannot be computed beside its place: it is this thread's to write from the beginning. */
+INLINE int64_t llama_kept_piece(Team *team, int64_t per) {
+    int64_t piece = llama_piece(team, per);
+    while (piece >= 0 && !llama_keep(team, piece)) piece = llama_piece(team, per);
+    return piece;
+}
+#define KEPT_PIECES(piece, team, per) \
+    for (int64_t piece; (piece = llama_kept_piece(team, per)) >= 0; llama_done(team, per))
+
 /* ------------------------------------------------------------------------------------------------- numbers */
 
 INLINE float from_bfloat16(uint16_t bits) {

@@ -440,11 +440,9 @@ void llama_multiply_plain(const Product *product, Team *team) {
     uint8_t *copy = (uint8_t *)(((uintptr_t)product->workspace + 63) & ~(uintptr_t)63);
     Plain p = {copied ? copy : product->x, 0, 0, inputs, product->outputs, stride, dtype, stored, as_is && dtype == BFLOAT16};
     if (copied) {
-        PIECES(share, team, 1) {
-            if (!llama_keep(team, share)) continue;
+        KEPT_PIECES(share, team, 1) {
             for (int64_t row = n * share / team->threads; row < n * (share + 1) / team->threads; row++)
                 copy_row(product->x, copy, row, &p, as_is);
-            llama_done(team, 1);
         }
     }
     const int64_t in_a_piece = piece_rows(&p, n, variant);

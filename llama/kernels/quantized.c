@@ -374,11 +374,9 @@ void llama_multiply(const Product *p, Team *team) {
     const Rows rows = {inputs, groups, p->x, (int8_t *)at, (float *)(at + n * inputs),
                        (int32_t *)(at + n * (inputs + groups * 4)), variant == USES_BF16 ? n / 2 * 2 : 0};
     if (p->format != PLAIN) {
-        PIECES(share, team, 1) {
-            if (!llama_keep(team, share)) continue;
+        KEPT_PIECES(share, team, 1) {
             for (int64_t row = n * share / team->threads; row < n * (share + 1) / team->threads; row++)
                 prepare(p->x, p->dtype, row, &rows, variant, p->format);
-            llama_done(team, 1);
         }
     }
     const int64_t size = PIECE / (groups * group_bytes(p->format)) / BLOCKS * BLOCKS + BLOCKS;

@@ -222,19 +222,15 @@ void llama_multiply_tiles(const Product *p, Team *team) {
     const uint16_t *x = p->x;
     uint16_t *tiles = (uint16_t *)(((uintptr_t)p->workspace + 63) & ~(uintptr_t)63), *y = p->y;
     uint8_t *scratch = (uint8_t *)(tiles + tall * 16 * inputs) + team->thread * scratch_bytes();
-    PIECES(share, team, 1) {
-        if (!llama_keep(team, share)) continue;
+    KEPT_PIECES(share, team, 1) {
         for (int64_t high = tall * share / team->threads; high < tall * (share + 1) / team->threads; high++)
             lay_out_rows(x + high * 16 * inputs, n - high * 16, inputs, tiles + high * 16 * inputs);
-        llama_done(team, 1);
     }
-    PIECES(share, team, 1) {
-        if (!llama_keep(team, share)) continue;
+    KEPT_PIECES(share, team, 1) {
         int64_t begin = share * each, end = begin + each < blocks ? begin + each : blocks;
         for (int64_t row = 0; begin < end && row < n; row += MOST_ROWS)
             some_blocks(tiles + row * inputs, &weights, y + row * p->outputs, n - row < MOST_ROWS ? n - row : MOST_ROWS, begin,
                         end, scratch);
-        llama_done(team, 1);
     }
 #else
     (void)p, (void)team;
